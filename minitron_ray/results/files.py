@@ -1,0 +1,86 @@
+"""Files that are either there in full or not there: temporary name, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from minitron_ray.core.errors import EnvironmentFailure
+
+
+def make_folder(path: Path) -> Path:
+    """Creates a folder with its parents. Raises EnvironmentFailure where that is not allowed."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise cannot_write(path, PermissionError(None, "no write permission"))
+    return path
+
+
+def cannot_write(path: Path, error: OSError) -> EnvironmentFailure:
+    """The one line for a place that can't be written."""
+    why = (error.strerror or str(error)).lower()
+    return EnvironmentFailure(
+        f"cannot write to {path}: {why}; choose another results folder with --results DIR, or free this one"
+    )
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Puts a file in place atomically and durably. Raises EnvironmentFailure where it can't be written."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_file` of readable JSON; NaN and infinities, which JSON lacks, become null."""
+    write_file(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """The same JSON value with every NaN and infinity replaced by None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames inside a folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """Makes everything below a folder survive a power cut."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            sync_folder(Path(folder) / name)
+        sync_folder(Path(folder))
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder if it is there."""
+    if path.exists():
+        shutil.rmtree(path)

@@ -1,0 +1,232 @@
+"""`Run`: the folder of one run, which is all that a run leaves behind.
+
+results/<experiment>/<run id>/
+  run.json  experiment.yaml (as given)  resolved.yaml  environment.json  events.jsonl
+  stages/<stage>.json  tables/  checkpoints/  exports/  logs/
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final, Self
+
+from filelock import FileLock, Timeout
+from ruamel.yaml import YAML
+
+from minitron_ray.core.errors import ConfigError
+from minitron_ray.core.events import Event
+from minitron_ray.results.files import cannot_write, finite, make_folder, write_file, write_json
+from minitron_ray.results.runs import STAGES, RunInfo, find_runs, read_info, resolve_run
+from minitron_ray.results.schemas import TABLES
+from minitron_ray.results.store import Store
+
+STATUSES: Final = ("created", "running", "interrupted", "failed", "succeeded")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class Run:
+    """A run being driven by this process. Readers use `RunInfo` (`results/runs.py`) and `Store`."""
+
+    def __init__(self, folder: Path, *, is_new: bool) -> None:
+        info = read_info(folder)
+        self.folder = folder
+        self.experiment = info.experiment
+        self.run_id = info.run_id
+        self.is_new = is_new
+        self.store = Store(folder, info.experiment, info.run_id)
+        self._writing = threading.Lock()
+        self._events_mended = False
+
+    @classmethod
+    def open(
+        cls,
+        results: Path,
+        experiment: str,
+        fingerprint: str,
+        source: bytes,
+        resolved: dict[str, Any],
+        environment: dict[str, Any],
+    ) -> Self:
+        """The newest run of that experiment with that fingerprint, to go on with; a new one if there is none.
+
+        `resolved` is the whole experiment as JSON values. Raises EnvironmentFailure where the
+        results folder can't be written, ValueError for a name that can't be a folder.
+        """
+        if not _NAME.fullmatch(experiment):
+            raise ValueError(f"{experiment!r} cannot name an experiment folder")
+        home = make_folder(Path(results) / experiment)
+        with FileLock(home / ".lock"):
+            same = [info for info in find_runs(results) if info.experiment == experiment]
+            same = [info for info in same if info.fingerprint == fingerprint]
+            if same:
+                return cls(same[-1].folder, is_new=False)
+            folder = _create(home, experiment, fingerprint, source, resolved, environment)
+            return cls(folder, is_new=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while this process drives the run. Raises ConfigError if another process does."""
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"run {self.run_id} is already being driven by process {self._driver()}; "
+                "wait for it to end, or stop it with Ctrl-C in its terminal"
+            ) from None
+        try:
+            write_json(self.folder / "driver.json", {"process": os.getpid(), "host": socket.gethostname()})
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def status(self) -> str:
+        """One of STATUSES, as last set."""
+        return str(self._manifest()["status"])
+
+    def set_status(
+        self, status: str, *, teacher_digest: str | None = None, data_digest: str | None = None
+    ) -> None:
+        """Records the status in run.json and as a row of `runs`; a digest once given is kept."""
+        if status not in STATUSES:
+            raise ValueError(f"unknown status {status!r}; one of {', '.join(STATUSES)}")
+        with self._writing:
+            manifest = self._manifest()
+            manifest["status"] = status
+            manifest["updated"] = datetime.now(UTC).isoformat()
+            manifest["changes"] += 1
+            manifest["teacher_digest"] = teacher_digest or manifest["teacher_digest"]
+            manifest["data_digest"] = data_digest or manifest["data_digest"]
+            row = {name: value for name, value in manifest.items() if name in TABLES["runs"].names}
+            row["at"] = datetime.now(UTC)
+            # The row first: killed in between, the same row is written again under the same name.
+            self.store.append("runs", [row], writer="driver", sequence=manifest["changes"])
+            write_json(self.folder / "run.json", manifest)
+
+    def record(self, stage: str, fingerprint: str) -> dict[str, Any] | None:
+        """What `finish_stage` recorded, if it was for the same fingerprint: keys output, summary, seconds."""
+        path = self.folder / "stages" / f"{stage}.json"
+        if not path.is_file():
+            return None
+        record: dict[str, Any] = json.loads(path.read_bytes())
+        return record if record["fingerprint"] == fingerprint else None
+
+    def finish_stage(
+        self, stage: str, fingerprint: str, output: dict[str, Any], summary: str, seconds: float
+    ) -> None:
+        """Records that a stage is done; call it after everything else of the stage is written."""
+        row = _stage_row(stage, fingerprint, "finished", summary, seconds)
+        self.store.append("stages", [row], writer=f"finished-{stage}", sequence=0)
+        record = {"stage": stage, "fingerprint": fingerprint, "summary": summary, "seconds": seconds}
+        make_folder(self.folder / "stages")
+        write_json(self.folder / "stages" / f"{stage}.json", record | {"output": output})
+
+    def note_stage(self, stage: str, fingerprint: str, status: str, summary: str, seconds: float) -> None:
+        """Adds a row to `stages` for an attempt that was reused, failed or interrupted."""
+        row = _stage_row(stage, fingerprint, status, summary, seconds)
+        with self._writing:
+            sequence = 0
+            while self.store.has("stages", f"attempt-{stage}", sequence):
+                sequence += 1
+            self.store.append("stages", [row], writer=f"attempt-{stage}", sequence=sequence)
+
+    def log_event(self, event: Event) -> None:
+        """Appends one line to events.jsonl; a listener for `core.events.EventBus`, from any thread."""
+        line = json.dumps(finite({"at": event.at, "kind": event.kind, **event.fields}), default=str) + "\n"
+        path = self.folder / "events.jsonl"
+        with self._writing:
+            try:
+                with path.open("ab") as stream:
+                    if not self._events_mended and _torn(path):
+                        stream.write(b"\n")
+                    self._events_mended = True
+                    stream.write(line.encode())
+            except OSError as error:
+                raise cannot_write(path, error) from error
+
+    def _manifest(self) -> dict[str, Any]:
+        manifest: dict[str, Any] = json.loads((self.folder / "run.json").read_bytes())
+        return manifest
+
+    def _driver(self) -> str:
+        try:
+            driver = json.loads((self.folder / "driver.json").read_bytes())
+        except (OSError, ValueError):
+            return "of unknown number"
+        here = driver["host"] == socket.gethostname()
+        return str(driver["process"]) if here else f"{driver['process']} on {driver['host']}"
+
+
+def _create(
+    home: Path,
+    experiment: str,
+    fingerprint: str,
+    source: bytes,
+    resolved: dict[str, Any],
+    environment: dict[str, Any],
+) -> Path:
+    """A run folder, run.json written last: without it a folder is no run."""
+    created = datetime.now(UTC)
+    while (folder := home / f"{created:%Y%m%dt%H%M%S}-{fingerprint[:6]}").exists():
+        created += timedelta(seconds=1)
+    for name in ("tables", "checkpoints", "exports", "logs", "stages"):
+        make_folder(folder / name)
+    write_file(folder / "experiment.yaml", source)
+    write_file(folder / "resolved.yaml", _yaml(resolved))
+    write_json(folder / "environment.json", environment)
+    write_file(folder / "events.jsonl", b"")
+    manifest = {
+        "experiment": experiment,
+        "run_id": folder.name,
+        "fingerprint": fingerprint,
+        "status": "created",
+        "created": created.isoformat(),
+        "updated": created.isoformat(),
+        "changes": 0,
+        "teacher": (resolved.get("teacher") or {}).get("path"),
+        "teacher_digest": None,
+        "data_digest": None,
+        "seed": resolved.get("seed"),
+        "versions": json.dumps(environment.get("versions", environment), sort_keys=True),
+    }
+    write_json(folder / "run.json", manifest)
+    return folder
+
+
+def _yaml(value: dict[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the experiment's order
+    yaml.width = 100
+    yaml.dump(value, stream)
+    return stream.getvalue()
+
+
+def _stage_row(stage: str, fingerprint: str, status: str, summary: str, seconds: float) -> dict[str, Any]:
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}; one of {', '.join(STAGES)}")
+    row = {"stage": stage, "fingerprint": fingerprint, "status": status, "summary": summary}
+    return row | {"seconds": seconds, "at": datetime.now(UTC)}
+
+
+def _torn(path: Path) -> bool:
+    """Whether the last line of a file was cut by a kill."""
+    with path.open("rb") as stream:
+        if stream.seek(0, os.SEEK_END) == 0:
+            return False
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) != b"\n"
+
+
+__all__ = ["STAGES", "STATUSES", "Run", "RunInfo", "find_runs", "resolve_run"]

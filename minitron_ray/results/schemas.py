@@ -1,0 +1,133 @@
+"""Every table and column, in one file: the only place a column is named, typed and explained.
+
+Every row of every table begins with `experiment` and `run_id` (added by the store). Layers and
+units are 0-indexed. Losses are nats per token. Schemas only grow: a column is never renamed or
+retyped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+import pyarrow as pa
+
+
+def _schema(**columns: tuple[pa.DataType, str]) -> pa.Schema:
+    return pa.schema(
+        [pa.field(name, kind, metadata={"meaning": meaning}) for name, (kind, meaning) in columns.items()]
+    )
+
+
+_TEXT, _INT, _REAL, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+_TIME = pa.timestamp("us", tz="UTC")
+
+_SHAPE = {
+    "layers": (_INT, "decoder layers"),
+    "hidden": (_INT, "hidden size"),
+    "heads": (_INT, "query heads a layer"),
+    "kv_heads": (_INT, "KV groups a layer"),
+    "mlp": (_INT, "MLP (intermediate) size"),
+    "parameters": (_INT, "parameters in all, tied embeddings counted once"),
+    "non_embedding_parameters": (_INT, "parameters without the embedding and the LM head"),
+}
+
+TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
+    {
+        "runs": _schema(
+            status=(_TEXT, "created, running, interrupted, failed or succeeded, at the time of the row"),
+            fingerprint=(_TEXT, "digest of everything that decides the result"),
+            teacher=(_TEXT, "the teacher as named in the experiment"),
+            teacher_digest=(_TEXT, "sha256 over the teacher's weights and config"),
+            data_digest=(_TEXT, "sha256 over the text, the tokenizer and the packing"),
+            seed=(_INT, "the experiment's seed"),
+            versions=(_TEXT, "JSON: package versions"),
+            at=(_TIME, "when"),
+        ),
+        "stages": _schema(
+            stage=(_TEXT, "prepare, importance, search, distill, evaluate or export"),
+            fingerprint=(_TEXT, "digest of the stage's inputs"),
+            status=(_TEXT, "finished, reused, failed or interrupted"),
+            summary=(_TEXT, "one line"),
+            seconds=(_REAL, "wall time of this attempt"),
+            at=(_TIME, "when it ended"),
+        ),
+        "importance": _schema(
+            axis=(_TEXT, "hidden, heads, mlp or layers"),
+            layer=(_INT, "-1 for the global hidden axis"),
+            unit=(_INT, "channel, head, neuron or layer index"),
+            metric=(_TEXT, "how it was measured"),
+            score=(_REAL, "the larger, the more important"),
+        ),
+        "candidates": _schema(
+            candidate_id=(_TEXT, "digest of the shape"),
+            **_SHAPE,
+            in_budget=(_BOOL, "whether the search may propose it"),
+            reason=(_TEXT, "why not, where in_budget is false"),
+        ),
+        "trials": _schema(
+            candidate_id=(_TEXT, "see candidates"),
+            rung=(_INT, "0 for the undistilled cut, then one a rung"),
+            tokens=(_INT, "distillation tokens seen"),
+            val_loss=(_REAL, "cross entropy on the validation sequences"),
+            val_divergence=(_REAL, "KL(teacher || student) on the validation sequences"),
+            train_loss=(_REAL, "mean distillation loss since the rung before"),
+            final=(_BOOL, "whether the trial ended with this rung"),
+            status=(_TEXT, "running, completed, stopped (by halving) or failed"),
+            reason=(_TEXT, "why it failed"),
+            seconds=(_REAL, "wall time since the trial began"),
+            **_SHAPE,
+        ),
+        "sequence_losses": _schema(
+            subject=(_TEXT, "teacher, or candidate id"),
+            phase=(_TEXT, "teacher, cut, search or distilled"),
+            tokens=(_INT, "distillation tokens seen"),
+            sequence=(_INT, "index of the validation sequence"),
+            loss=(_REAL, "cross entropy, mean over the sequence's tokens"),
+        ),
+        "steps": _schema(
+            candidate_id=(_TEXT, "see candidates"),
+            step=(_INT, "optimizer step, from 1"),
+            tokens=(_INT, "tokens seen up to and with this step, over all workers"),
+            loss=(_REAL, "training loss of this step"),
+            gradient_norm=(_REAL, "before clipping"),
+            learning_rate=(_REAL, "used for this step"),
+            val_loss=(_REAL, "validation cross entropy after this step, where measured"),
+            tokens_per_second=(_REAL, "over this step, all workers"),
+            workers=(_INT, "how many took part"),
+        ),
+        "evaluations": _schema(
+            subject=(_TEXT, "teacher, or candidate id"),
+            phase=(_TEXT, "teacher, cut, or distilled"),
+            metric=(_TEXT, "val_loss, perplexity or val_divergence"),
+            value=(_REAL, "the figure"),
+            stderr=(_REAL, "standard error over sequences"),
+            sequences=(_INT, "how many sequences"),
+            tokens=(_INT, "how many predicted tokens"),
+            distill_tokens=(_INT, "distillation tokens the subject had seen"),
+        ),
+        "exports": _schema(
+            candidate_id=(_TEXT, "see candidates"),
+            path=(_TEXT, "folder, relative to the run folder"),
+            dtype=(_TEXT, "of the weights"),
+            parameters=(_INT, "counted in the reloaded model"),
+            bytes=(_INT, "size of the weight files"),
+            max_logit_difference=(_REAL, "reloaded against in memory"),
+            weights_digest=(_TEXT, "sha256 of the weight files"),
+        ),
+    }
+)
+"""Table name to schema, without the two columns that the store puts first."""
+
+ENVELOPE: Final = pa.schema(
+    [
+        pa.field("experiment", _TEXT, metadata={"meaning": "name of the experiment"}),
+        pa.field("run_id", _TEXT, metadata={"meaning": "run within the experiment"}),
+    ]
+)
+
+
+def full_schema(table: str) -> pa.Schema:
+    """The schema of a table as stored, envelope first. Raises KeyError for an unknown table."""
+    return pa.schema([*ENVELOPE, *TABLES[table]])
