@@ -1,0 +1,198 @@
+"""What the attributes of a Hugging Face `config.json` mean to a family, and how a student's is written.
+
+Every attribute is one of four things: a size or flag that the table reads; one that changes the
+function but no shape, carried over as it is; one that says nothing about the network; or unknown.
+An unknown attribute may mean tensors or arithmetic that the table does not have, so it is refused by
+name unless it is null or has the value that switches it off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+from minitron_ray.core.errors import ConfigError
+from minitron_ray.models.architecture import Architecture
+
+SIZES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "layers": "num_hidden_layers",
+        "hidden": "hidden_size",
+        "heads": "num_attention_heads",
+        "mlp": "intermediate_size",
+        "vocab": "vocab_size",
+    }
+)
+"""Axis to attribute, for the sizes that every config must state."""
+
+FLAGS: Final[Mapping[str, str]] = MappingProxyType(
+    {"tied": "tie_word_embeddings", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+)
+
+SILENT: Final = frozenset(
+    {
+        *("model_type", "architectures", "transformers_version", "torch_dtype", "dtype"),
+        *("name_or_path", "_name_or_path", "is_llama_config", "transformers.js_config"),
+        *("unsloth_fixed", "unsloth_version", "tokenizer_class", "prefix"),
+        *("_attn_implementation", "attn_implementation", "_attn_implementation_autoset"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id"),
+        *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+        *("use_cache", "initializer_range", "pretraining_tp"),
+        *("return_dict", "output_attentions", "output_hidden_states", "output_scores"),
+        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+        # Of generation, in configs written before generation_config.json.
+        *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams"),
+        *("num_beam_groups", "num_return_sequences", "return_dict_in_generate", "remove_invalid_values"),
+        *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
+        *("diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
+        *("suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty"),
+    }
+)
+"""Attributes that say nothing about the network's tensors or arithmetic."""
+
+SWITCHED_OFF: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "rope_interleaved": False,
+        "use_sliding_window": False,
+        "is_decoder": False,
+        "is_encoder_decoder": False,
+        "add_cross_attention": False,
+        "tie_encoder_decoder": False,
+        "chunk_size_feed_forward": 0,
+        "pruned_heads": {},
+        "torchscript": False,
+        "use_bfloat16": False,
+        "tf_legacy_loss": False,
+    }
+)
+"""Attributes of other networks, with the value that means their absence."""
+
+PER_LAYER: Final = frozenset({"layer_types"})
+"""Lists with one entry a layer: a student keeps the entries of its layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attributes:
+    """What differs between families in reading a config."""
+
+    carried: frozenset[str]
+    """Attributes that change the function but no shape."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names in old configs, which stock transformers no longer reads, to the names it does."""
+    kv_heads_written: bool = False
+    """Whether `num_key_value_heads` must be there: without it stock transformers cannot build the model."""
+
+    def read(self, config: Mapping[str, Any], model_type: str, causal_lm: str) -> Architecture:
+        """The architecture that `config` states. Raises ConfigError, see `Family.read`."""
+        config = self._renamed(config)
+        _refuse_foreign(config, causal_lm)
+        self._refuse_unknown(config, model_type)
+        sizes = {axis: _size(config, name) for axis, name in SIZES.items()}
+        flags = {flag: _flag(config, name) for flag, name in FLAGS.items()}
+        if config.get("num_key_value_heads") is None and self.kv_heads_written:
+            raise ConfigError(
+                f"the model's config has no num_key_value_heads, which {model_type} needs written out "
+                f"(Nemotron-4 15B and the Minitron models have 8)"
+            )
+        arch = Architecture(
+            family=model_type,
+            layers=sizes["layers"],
+            hidden=sizes["hidden"],
+            heads=sizes["heads"],
+            kv_heads=_size(config, "num_key_value_heads", sizes["heads"]),
+            head_dim=_size(config, "head_dim", sizes["hidden"] // sizes["heads"]),
+            mlp=sizes["mlp"],
+            vocab=sizes["vocab"],
+            **flags,
+        )
+        for name in PER_LAYER & config.keys():
+            entries = config[name]
+            if entries is not None and (not isinstance(entries, list) or len(entries) != arch.layers):
+                raise ConfigError(
+                    f"the model's config: {name} is {entries!r}, must be a list of {arch.layers}"
+                )
+        return arch
+
+    def write(
+        self,
+        config: Mapping[str, Any],
+        arch: Architecture,
+        causal_lm: str,
+        kept_layers: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """`config` with the sizes of `arch` written out; lists with an entry a layer are sliced."""
+        written = self._renamed(config)
+        written.update({name: getattr(arch, axis) for axis, name in SIZES.items()})
+        written.update({name: getattr(arch, flag) for flag, name in FLAGS.items()})
+        written.update(num_key_value_heads=arch.kv_heads, head_dim=arch.head_dim, architectures=[causal_lm])
+        if kept_layers is not None:
+            for name in PER_LAYER & written.keys():
+                if written[name] is not None:
+                    written[name] = [written[name][layer] for layer in kept_layers]
+        return written
+
+    def _renamed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`config` with old names replaced. Raises ConfigError where old and new name disagree."""
+        renamed = {name: value for name, value in config.items() if name not in self.aliases}
+        for old, new in self.aliases.items():
+            value = config.get(old)
+            if value is None:
+                continue
+            if renamed.get(new) not in (None, value):
+                raise ConfigError(
+                    f"the model's config says {old} = {value} and {new} = {renamed[new]}; remove one"
+                )
+            renamed[new] = value
+        return renamed
+
+    def _refuse_unknown(self, config: Mapping[str, Any], model_type: str) -> None:
+        known = {*SIZES.values(), *FLAGS.values(), "num_key_value_heads", "head_dim"}
+        known |= SILENT | PER_LAYER | self.carried
+        unknown = [
+            f"{name} = {value!r}"
+            for name, value in config.items()
+            if name not in known and value is not None and not _is_off(name, value)
+        ]
+        if unknown:
+            raise ConfigError(
+                f"the model's config has attributes that the table of {model_type} does not know: "
+                f"{', '.join(unknown)}; remove them if they have no effect, or add them in "
+                f"minitron_ray/models/families/{model_type}.py"
+            )
+
+
+def _is_off(name: str, value: Any) -> bool:
+    return name in SWITCHED_OFF and value == SWITCHED_OFF[name]
+
+
+def _refuse_foreign(config: Mapping[str, Any], causal_lm: str) -> None:
+    """What would make the weights or the code something else than the stock network."""
+    if config.get("quantization_config") is not None:
+        raise ConfigError("the model is quantized (quantization_config); give it with plain float weights")
+    if config.get("auto_map") is not None:
+        raise ConfigError(
+            "the model brings its own code (auto_map), which is never run; remove it if not needed"
+        )
+    architectures = config.get("architectures")
+    if architectures and causal_lm not in architectures:
+        raise ConfigError(f"the model is a {', '.join(map(str, architectures))}; only {causal_lm} can be cut")
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise ConfigError(f"the model's config has no {name}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"the model's config: {name} is {value!r}, must be a whole number of at least 1")
+    return value
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"the model's config: {name} is {value!r}, must be true or false")
+    return bool(value)

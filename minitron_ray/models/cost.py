@@ -1,0 +1,62 @@
+"""What a network costs, by arithmetic: floating-point operations a token, and bytes.
+
+A multiplication and an addition are two operations. Norms, activations, rotary positions and the
+softmax are left out: they grow with the sizes, not with their products.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from minitron_ray.models.architecture import Architecture
+from minitron_ray.models.family import Family
+
+BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes a value, by the name of its type."""
+
+TRAINING_STATE_BYTES: Final = 16
+"""Bytes a parameter in training, in float32: the weight, its gradient and Adam's two moments."""
+
+
+def matrix_parameters(family: Family, arch: Architecture) -> int:
+    """Parameters that multiply every token: the layers' matrices and the LM head, tied or not; neither
+    the embedding, which is looked up, nor norms and biases, which are added."""
+    count = arch.hidden * arch.vocab
+    for tensor in family.tensors:
+        if len(tensor.dims) == 2 and tensor.per_layer and tensor.exists(arch):
+            rows, columns = family.shape(tensor, arch)
+            count += arch.layers * rows * columns
+    return count
+
+
+def forward_flops(family: Family, arch: Architecture, sequence_length: int) -> int:
+    """Operations a token of one forward pass with the LM head, averaged over the sequence.
+
+    2 · matrix parameters + layers · 4 · heads·head_dim · (sequence_length + 1)/2: scores and weighted
+    values over the tokens that causal attention sees, on average half the sequence.
+    """
+    attention = 2 * arch.heads * arch.head_dim * (sequence_length + 1)
+    return 2 * matrix_parameters(family, arch) + arch.layers * attention
+
+
+def training_flops(family: Family, arch: Architecture, sequence_length: int) -> int:
+    """Operations a token of forward and backward pass: three times the forward pass (without
+    activation checkpointing)."""
+    return 3 * forward_flops(family, arch, sequence_length)
+
+
+def distillation_flops(
+    family: Family, teacher: Architecture, student: Architecture, sequence_length: int
+) -> int:
+    """Operations a token of a distillation step: the teacher's forward pass and the student's training."""
+    return forward_flops(family, teacher, sequence_length) + training_flops(family, student, sequence_length)
+
+
+def weight_bytes(family: Family, arch: Architecture, dtype: str) -> int:
+    """Size of the weights. Raises KeyError for a type that is not in `BYTES`."""
+    return family.parameters(arch) * BYTES[dtype]
+
+
+def training_bytes(family: Family, arch: Architecture) -> int:
+    """Weights, gradients and optimizer state over all workers, without activations."""
+    return family.parameters(arch) * TRAINING_STATE_BYTES

@@ -1,0 +1,1 @@
+"""Model folders: fetched, memory-mapped, cut, built and written."""

@@ -1,0 +1,42 @@
+"""`Headless`: a causal language model whose LM head is applied by the caller.
+
+Importance needs no LM head, a cached teacher needs only the head, and the losses form their
+gradients chunk by chunk: all of them want the final hidden states and the head's weight, never the
+(tokens x vocabulary) logits. The head is used *inside* `forward`, because under FSDP2 that is where
+its weight is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Result = TypeVar("Result")
+
+
+class Headless(nn.Module):
+    """Wraps a `*ForCausalLM`; `model.base_model` is the body and the output embedding the head."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def head(self) -> Tensor:
+        """The LM head's weight, (vocabulary, hidden); the embedding's where they are tied."""
+        return self.model.get_output_embeddings().weight
+
+    def forward(self, input_ids: Tensor, use: Callable[[Tensor, Tensor], Result]) -> Result:
+        """`use(hidden, head)` on the final hidden states (samples, tokens, hidden) of `input_ids` (samples, tokens)."""
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return use(hidden, self.head)
+
+
+def final_hidden(hidden: Tensor, head: Tensor) -> Tensor:
+    """For `Headless.forward`: the final hidden states themselves."""
+    return hidden

@@ -1,0 +1,54 @@
+"""How well final hidden states predict the next token, without a (tokens x vocabulary) matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+"""Logits held at once: 64 MiB in float32 on a CPU, where caches matter; 512 MiB on a GPU."""
+
+
+def chunks(tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    """Slices of at most as many tokens as the logits of which fit the device's chunk."""
+    size = max(64, _CHUNK_ELEMENTS.get(device.type, 2**24) // vocabulary)
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
+
+
+@torch.no_grad()
+def sequence_scores(
+    hidden: Tensor,
+    head: Tensor,
+    input_ids: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """Cross entropy and KL(teacher || student) of each sequence, nats a token, float64 (samples,).
+
+    `hidden` is (samples, tokens, hidden); the last position predicts nothing and is left out, so a
+    sequence of T tokens has T - 1 predictions. Logits are computed in `dtype` and compared in float32.
+    """
+    samples, tokens, _ = hidden.shape
+    head = head.to(dtype)
+    teacher_head = None if teacher_head is None else teacher_head.to(dtype)
+    losses = torch.empty(samples, dtype=torch.float64)
+    divergences = None if teacher_hidden is None else torch.empty(samples, dtype=torch.float64)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for sample in range(samples):
+            loss = divergence = 0.0
+            for part in chunks(tokens - 1, len(head), hidden.device):
+                labels = input_ids[sample, 1:][part, None]
+                log_student = (hidden[sample, :-1][part].to(dtype) @ head.T).float().log_softmax(-1)
+                loss -= log_student.gather(-1, labels).double().sum().item()
+                if teacher_hidden is not None and teacher_head is not None:
+                    logits = teacher_hidden[sample, :-1][part].to(dtype) @ teacher_head.T
+                    log_teacher = logits.float().log_softmax(-1)
+                    divergence += (log_teacher.exp() * (log_teacher - log_student)).sum().item()
+            losses[sample] = loss / (tokens - 1)
+            if divergences is not None:
+                divergences[sample] = divergence / (tokens - 1)
+    return losses, divergences
