@@ -1,0 +1,1 @@
+"""Where text comes from: one plug-in a file, named by `data.source.kind`."""
