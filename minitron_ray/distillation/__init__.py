@@ -1,0 +1,5 @@
+"""Teaching a student from its teacher."""
+
+from minitron_ray.core.kinds import one_of
+
+Loss = one_of("minitron_ray.distillation.losses")

@@ -1,0 +1,1 @@
+"""Metrics for decoder layers; one file each, named by its `kind`."""

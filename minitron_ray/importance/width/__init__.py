@@ -1,0 +1,1 @@
+"""Metrics for hidden channels, heads and MLP neurons; one file each, named by its `kind`."""

@@ -1,0 +1,160 @@
+"""The loop: what decides its numbers, and what must not."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minitron_ray.core.errors import MinitronError
+from minitron_ray.data.batches import batch_indices
+from minitron_ray.distillation.loop import Data, Recipe, Share, Step, make_optimizer, train
+from minitron_ray.distillation.loss import DistillationLoss
+from minitron_ray.distillation.losses.cross_entropy import CrossEntropy
+from minitron_ray.distillation.losses.forward_kl import ForwardKL
+from minitron_ray.distillation.schedule import Schedule
+from minitron_ray.distillation.teacher import OnlineTeacher, StoredTeacher, store_hidden
+from minitron_ray.weights.checkpoint import Checkpoint
+from minitron_ray.weights.headless import Headless
+from minitron_ray.weights.model import build
+
+LENGTH, BATCH, STEPS = 16, 6, 8
+TOKENS = np.random.default_rng(0).integers(0, 256, (60, LENGTH))
+CPU = torch.device("cpu")
+
+
+def recipe(loss: DistillationLoss | None = None, peak: float = 1e-2) -> Recipe:
+    return Recipe(
+        loss=loss or ForwardKL(),
+        schedule=Schedule(peak=peak, minimum=0.0, warmup=0.1, tokens=STEPS * BATCH * LENGTH),
+        batch=BATCH,
+        sequence_length=LENGTH,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        clip=1.0,
+    )
+
+
+DATA = Data(batch=lambda step: batch_indices(range(60), step - 1, BATCH, 0), sequences=lambda i: TOKENS[i])
+
+SAME = Data(batch=lambda step: np.arange(BATCH), sequences=lambda i: TOKENS[i])
+"""One batch again and again, so that losses can be compared."""
+
+
+def share(micro_batch: int = 4) -> Share:
+    return Share(device=CPU, dtype=torch.float32, micro_batch=micro_batch)
+
+
+def model(folder: Path, seed: int | None = None) -> Headless:
+    checkpoint = Checkpoint(folder)
+    built = build(checkpoint.config, checkpoint, dtype=torch.float32, device=CPU, trainable=True)
+    if seed is not None:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return Headless(built)
+
+
+def run(folder: Path, **options: int) -> tuple[list[Step], Headless]:
+    student = model(folder, seed=1)
+    optimizer = make_optimizer(student, recipe())
+    teacher = OnlineTeacher(model(folder))
+    steps = list(train(student, optimizer, teacher, DATA, recipe(), share(**options)))
+    return steps, student
+
+
+def test_a_damaged_copy_of_the_teacher_gets_closer_to_it(tiny_llama: Path) -> None:
+    student, teacher = model(tiny_llama, seed=1), OnlineTeacher(model(tiny_llama))
+    steps = list(train(student, make_optimizer(student, recipe()), teacher, SAME, recipe(), share()))
+    assert [step.step for step in steps] == list(range(1, STEPS + 1))
+    assert [step.tokens for step in steps] == [BATCH * LENGTH * i for i in range(1, STEPS + 1)]
+    assert steps[-1].loss < 0.7 * steps[0].loss
+
+
+def test_the_numbers_do_not_depend_on_the_micro_batch(tiny_llama: Path) -> None:
+    whole, _ = run(tiny_llama, micro_batch=6)
+    split, _ = run(tiny_llama, micro_batch=1)
+    np.testing.assert_allclose([s.loss for s in whole], [s.loss for s in split], rtol=1e-4)
+
+
+def test_going_on_from_a_step_repeats_the_rest_bit_for_bit(tiny_llama: Path) -> None:
+    whole, finished = run(tiny_llama)
+    student, teacher = model(tiny_llama, seed=1), OnlineTeacher(model(tiny_llama))
+    optimizer = make_optimizer(student, recipe())
+    for step in train(student, optimizer, teacher, DATA, recipe(), share()):
+        if step.step == 3:
+            break
+    again = model(tiny_llama)
+    again.load_state_dict(student.state_dict())
+    resumed = make_optimizer(again, recipe())
+    resumed.load_state_dict(optimizer.state_dict())
+    rest = list(train(again, resumed, teacher, DATA, recipe(), share(), first_step=4))
+    assert [s.loss for s in rest] == [s.loss for s in whole[3:]]
+    for name, value in finished.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_the_stored_teacher_trains_like_the_online_one(tiny_llama: Path, tmp_path: Path) -> None:
+    online, _ = run(tiny_llama)
+    teacher = model(tiny_llama)
+    seen: list[int] = []
+    store_hidden(teacher, lambda i: TOKENS[i], np.arange(60), tmp_path, torch.float32, 7, seen.append)
+    assert seen[-1] == 60
+    student = model(tiny_llama, seed=1)
+    stored = StoredTeacher(tmp_path, teacher.head.detach())
+    steps = list(train(student, make_optimizer(student, recipe()), stored, DATA, recipe(), share()))
+    np.testing.assert_allclose([s.loss for s in steps], [s.loss for s in online], rtol=1e-5)
+
+
+def test_bfloat16_states_come_back_as_they_were(tiny_llama: Path, tmp_path: Path) -> None:
+    teacher = model(tiny_llama)
+    store_hidden(
+        teacher, lambda i: TOKENS[i], np.asarray([5, 2, 9]), tmp_path, torch.bfloat16, 2, lambda n: None
+    )
+    ids = torch.from_numpy(TOKENS[[9, 5]])
+    expected = OnlineTeacher(teacher).hidden([9, 5], ids).to(torch.bfloat16)
+    assert torch.equal(StoredTeacher(tmp_path, teacher.head.detach()).hidden([9, 5], ids), expected)
+
+
+def test_cross_entropy_needs_no_teacher(tiny_llama: Path) -> None:
+    student = model(tiny_llama)
+    chosen = recipe(CrossEntropy())
+    steps = list(train(student, make_optimizer(student, chosen), None, SAME, chosen, share()))
+    assert steps[-1].loss < 0.9 * steps[0].loss
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_and_says_where(tiny_llama: Path) -> None:
+    student = model(tiny_llama)
+    with torch.no_grad():
+        student.head[3, 3] = math.nan
+    chosen = recipe(CrossEntropy())
+    with pytest.raises(MinitronError, match="at step 1 are not finite; lower learning_rate"):
+        list(train(student, make_optimizer(student, chosen), None, DATA, chosen, share()))
+
+
+def test_the_wish_to_stop_comes_back_with_the_step(tiny_llama: Path) -> None:
+    student = model(tiny_llama)
+    chosen = recipe(CrossEntropy())
+    asked = iter([False, True])
+    steps = train(
+        student,
+        make_optimizer(student, chosen),
+        None,
+        DATA,
+        chosen,
+        share(),
+        stop_requested=lambda: next(asked),
+    )
+    assert [next(steps).stop_requested, next(steps).stop_requested] == [False, True]
+
+
+def test_the_rate_rises_and_falls_by_tokens() -> None:
+    schedule = Schedule(peak=2.0, minimum=0.5, warmup=0.1, tokens=1000)
+    assert schedule.rate(50) == pytest.approx(1.0)
+    assert schedule.rate(100) == pytest.approx(2.0)
+    assert schedule.rate(550) == pytest.approx(1.25)
+    assert schedule.rate(1000) == pytest.approx(0.5)
