@@ -1,0 +1,5 @@
+"""`python -m minitron_ray`."""
+
+from minitron_ray.cli import main
+
+main()

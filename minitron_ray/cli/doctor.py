@@ -1,0 +1,45 @@
+"""`minitron-ray doctor`: what this machine has, and what would stop a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from minitron_ray.cli.options import json_option, results_option
+from minitron_ray.core.errors import EnvironmentFailure
+
+if TYPE_CHECKING:
+    from minitron_ray.cli.machine import Finding
+
+_MARKS = {"ok": "ok  ", "warning": "warn", "failure": "FAIL"}
+
+
+@click.command()
+@results_option
+@json_option
+def doctor(results: Path, as_json: bool) -> None:
+    """Check versions, devices, disk, the results folder and Ray's authentication.
+
+    Ends with 3 if a run could not work here.
+    """
+    from minitron_ray.cli.machine import examine
+
+    findings = examine(results)
+    if as_json:
+        import dataclasses
+        import json
+
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            click.echo(_line(finding))
+    failures = [finding.name for finding in findings if finding.status == "failure"]
+    if failures:
+        raise EnvironmentFailure(f"a run can't work here: {', '.join(failures)}")
+
+
+def _line(finding: Finding) -> str:
+    hint = f"; {finding.hint}" if finding.hint else ""
+    return f"{_MARKS[finding.status]}  {finding.name:<14}  {finding.value}{hint}"

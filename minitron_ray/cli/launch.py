@@ -1,0 +1,127 @@
+"""From an experiment file to a driven run: what `minitron-ray run` does."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from minitron_ray.core.errors import Interrupted
+from minitron_ray.core.events import EventBus
+from minitron_ray.core.loading import load
+from minitron_ray.execution.settings import ClusterSettings
+from minitron_ray.execution.stop import StopSignal
+from minitron_ray.experiment import Experiment
+from minitron_ray.plan import experiment_fingerprint, given_config, make_plan
+from minitron_ray.results.cache import Cache
+from minitron_ray.results.run import Run
+from minitron_ray.results.runs import resolve_run
+
+_PACKAGES = ("minitron-ray", "torch", "transformers", "ray", "optuna", "pyarrow", "safetensors", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A checked experiment file."""
+
+    experiment: Experiment
+    base: Path
+    source: bytes
+    overrides: tuple[str, ...]
+
+
+def read_experiments(paths: Iterable[Path], overrides: tuple[str, ...]) -> list[Loaded]:
+    """All files, before any of them is run. Raises ConfigError."""
+    loaded = []
+    for path in paths:
+        experiment, document = load(path, Experiment, overrides)
+        base = path.resolve().parent
+        config = given_config(experiment, base)
+        if config is not None:
+            make_plan(experiment, config)  # a budget out of reach is said before anything is fetched
+        loaded.append(Loaded(experiment=experiment, base=base, source=document.source, overrides=overrides))
+    return loaded
+
+
+def cluster_settings(path: Path | None, address: str | None) -> ClusterSettings:
+    """The cluster file's settings, with the address of the command line. Raises ConfigError."""
+    settings = load(path, ClusterSettings)[0] if path is not None else ClusterSettings()
+    return settings if address is None else settings.model_copy(update={"address": address})
+
+
+def launch(loaded: Loaded, results: Path, settings: ClusterSettings, *, quiet: bool, as_json: bool) -> None:
+    """Opens (or resumes) the run, drives it with a live view on stderr, and prints the ranking."""
+    results = results.expanduser().resolve()
+    run = Run.open(
+        results,
+        loaded.experiment.name,
+        experiment_fingerprint(loaded.experiment),
+        source=loaded.source,
+        resolved=loaded.experiment.model_dump(mode="json"),
+        environment=environment(loaded.overrides),
+    )
+    with run.lock():
+        _drive(loaded, run, Cache(results), settings, quiet)
+    _show(results, run, as_json)
+
+
+def _drive(loaded: Loaded, run: Run, cache: Cache, settings: ClusterSettings, quiet: bool) -> None:
+    from minitron_ray.execution.cluster import Cluster
+    from minitron_ray.pipeline import execute
+    from minitron_ray.report.live import open_view
+    from minitron_ray.stages.context import Context
+
+    resume = f"minitron-ray run goes on from here: run it again with the same file (run {run.run_id})"
+    events = EventBus(run.log_event)
+    stop = StopSignal(
+        lambda: events.emit("note", text="stopping at the next safe point; Ctrl-C again to abort")
+    )
+    try:
+        with ExitStack() as stack:
+            events.add(stack.enter_context(open_view(sys.stderr, quiet=quiet)))
+            stack.enter_context(stop.installed())
+            cluster = stack.enter_context(Cluster(settings, run.folder, events, stop))
+            context = Context(
+                experiment=loaded.experiment,
+                base=loaded.base,
+                run=run,
+                cache=cache,
+                cluster=cluster,
+                events=events,
+                stop=stop,
+            )
+            execute(context)
+    except (Interrupted, KeyboardInterrupt):
+        raise Interrupted(f"interrupted, nothing finished is lost; {resume}") from None
+
+
+def _show(results: Path, run: Run, as_json: bool) -> None:
+    from rich.console import Console
+
+    from minitron_ray.report.ranking import rank
+    from minitron_ray.report.text import render
+    from minitron_ray.results.files import finite
+
+    ranking = rank(resolve_run(results, run.run_id))
+    if as_json:
+        click.echo(json.dumps(finite(ranking.as_json()), indent=2, allow_nan=False))
+    else:
+        render(ranking, Console(highlight=False))
+
+
+def environment(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """What a reader needs to know about where a run was made; no paths and no host names."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "set": list(overrides),
+    }

@@ -1,0 +1,36 @@
+"""`minitron-ray plan`: what a run would do, by arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from minitron_ray.cli.options import results_option, set_option
+
+
+@click.command()
+@click.argument("experiments", nargs=-1, required=True, type=click.Path(path_type=Path))
+@results_option
+@set_option
+@click.option("--json", "as_json", is_flag=True, help="Print the plans as JSON.")
+def plan(experiments: tuple[Path, ...], results: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Count the teacher and every candidate of each EXPERIMENT, and what the stages would cost.
+
+    Nothing is downloaded and no tensor is loaded.
+    """
+    import json
+
+    from rich.console import Console
+
+    from minitron_ray.cli.planning import plan_file
+    from minitron_ray.report.plan_text import as_json as to_json
+    from minitron_ray.report.plan_text import render
+
+    plans = [plan_file(path, results, overrides) for path in experiments]
+    if as_json:
+        click.echo(json.dumps([to_json(one) for one in plans], indent=2))
+        return
+    console = Console(highlight=False)
+    for one in plans:
+        render(one, console)

@@ -1,0 +1,45 @@
+"""`minitron-ray run`: do it, live; run again to go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from minitron_ray.cli.options import quiet_option, results_option, set_option
+
+
+@click.command()
+@click.argument("experiments", nargs=-1, required=True, type=click.Path(path_type=Path))
+@results_option
+@set_option
+@click.option(
+    "--address", help="host:port of a running Ray cluster (default: RAY_ADDRESS, else start Ray here)."
+)
+@click.option(
+    "--cluster",
+    "cluster_file",
+    type=click.Path(path_type=Path),
+    help="A file of cluster/: where to run, how wide.",
+)
+@quiet_option
+@click.option("--json", "as_json", is_flag=True, help="Print the ranking as JSON.")
+def run(
+    experiments: tuple[Path, ...],
+    results: Path,
+    overrides: tuple[str, ...],
+    address: str | None,
+    cluster_file: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Prune, search, distill, evaluate and export, as each EXPERIMENT file says.
+
+    Run the same file again to go on after an interruption: finished stages are reused. Ctrl-C stops
+    at the next safe point, a second Ctrl-C at once.
+    """
+    from minitron_ray.cli.launch import cluster_settings, launch, read_experiments
+
+    settings = cluster_settings(cluster_file, address)
+    for experiment in read_experiments(experiments, overrides):
+        launch(experiment, results, settings, quiet=quiet, as_json=as_json)

@@ -1,0 +1,19 @@
+"""Where things run: the only package that imports ray. It calls functions; it knows no mechanism.
+
+Ray reads some of its environment when it is imported, so the defaults are set here, before any
+module of this package can import it. What the user has set stays.
+"""
+
+import os
+
+for _name, _value in {
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints a configuration box otherwise, whatever its verbosity
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s would be added to every start and end
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our tables are the record
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is StopSignal's
+    "RAY_AUTH_MODE": "token",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}.items():
+    os.environ.setdefault(_name, _value)

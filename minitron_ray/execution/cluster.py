@@ -1,0 +1,141 @@
+"""`Cluster`: three ways of calling a function on Ray: once, for many trials, by a group of workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError
+from minitron_ray.core.events import EventBus
+from minitron_ray.execution.ray_start import keep_logs, start_ray
+from minitron_ray.execution.settings import ClusterSettings, Resources
+from minitron_ray.execution.stop import StopSignal
+
+
+class Cluster:
+    """A context: Ray is started (or joined) at the first call, and left when the block ends."""
+
+    def __init__(self, settings: ClusterSettings, folder: Path, events: EventBus, stop: StopSignal) -> None:
+        """`folder` is the run's: Ray's own state goes to `ray/` in it, its output to `logs/`."""
+        self.settings = settings
+        self.events = events
+        self.stop = stop
+        self.folder = folder
+        self._hub: Any = None
+        self._session: Path | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._hub is None:
+            return
+        import ray
+
+        self._hub.close()
+        ray.shutdown()
+        if self._session is not None and self.settings.address is None:
+            keep_logs(self._session, self.folder / "logs")
+
+    @property
+    def storage(self) -> Path:
+        """Where Ray keeps its own state; every node must see it."""
+        return Path(self.settings.storage) if self.settings.storage else self.folder / "ray"
+
+    @property
+    def hub(self) -> Any:
+        """The mailbox between workers and this process; connects on first use."""
+        if self._hub is None:
+            from minitron_ray.execution.hub import Hub
+
+            address = self.settings.address or os.environ.get("RAY_ADDRESS") or None
+            info = start_ray(address)
+            self._session = Path(str(info["session_dir"]))
+            self._hub = Hub(self.events.emit)
+        return self._hub
+
+    @property
+    def gpus(self) -> int:
+        return int(self._total("GPU"))
+
+    @property
+    def cpus(self) -> int:
+        return int(self._total("CPU"))
+
+    def worker(self) -> Resources:
+        return self._checked("worker", self.settings.worker or Resources(gpus=1 if self.gpus else 0))
+
+    def trial(self) -> Resources:
+        return self._checked("trial", self.settings.trial or Resources(gpus=1 if self.gpus else 0))
+
+    def workers(self) -> int:
+        """How many processes distill."""
+        workers = self.settings.workers or self.gpus or min(2, self.cpus)
+        each = self.worker()
+        if workers * each.cpus > self.cpus or workers * each.gpus > self.gpus:
+            raise EnvironmentFailure(
+                f"{workers} workers of {each.cpus} CPUs and {each.gpus} GPUs do not fit a cluster of {self.cpus} "
+                f"CPUs and {self.gpus} GPUs; lower `workers` in the cluster file"
+            )
+        return workers
+
+    def concurrent_trials(self) -> int:
+        each = self.trial()
+        room = self.cpus // each.cpus
+        if each.gpus:
+            room = min(room, self.gpus // each.gpus)
+        return max(1, min(self.settings.concurrent_trials or room, room))
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`function(*arguments, report)` on the largest node, with all of its CPUs and a GPU if it has one.
+
+        Raises what the function raised; Interrupted when the user asked to stop meanwhile.
+        """
+        import ray
+
+        from minitron_ray.execution.threads import with_threads
+
+        hub = self.hub
+        node = max((n["Resources"] for n in ray.nodes() if n["Alive"]), key=lambda r: r.get("CPU", 0))
+        cpus, gpus = int(node.get("CPU", 1)), min(1, int(node.get("GPU", 0)))
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(with_threads)
+        task = remote.remote(cpus, function, *arguments, hub.reporter())
+        while not ray.wait([task], timeout=0.5)[0]:
+            if self.stop.requested:
+                ray.cancel(task, force=True)
+                raise Interrupted("stopped by request")
+        try:
+            return ray.get(task)
+        except ray.exceptions.RayTaskError as error:
+            raise root_cause(error) from error
+        except ray.exceptions.RayError as error:
+            raise MinitronError(f"a worker was lost: {str(error).splitlines()[0]}") from error
+
+    def _total(self, resource: str) -> float:
+        import ray
+
+        assert self.hub is not None
+        return float(ray.cluster_resources().get(resource, 0))
+
+    def _checked(self, what: str, resources: Resources) -> Resources:
+        import ray
+
+        assert self.hub is not None
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(n.get("CPU", 0) >= resources.cpus and n.get("GPU", 0) >= resources.gpus for n in nodes):
+            raise EnvironmentFailure(
+                f"no node has the {resources.cpus} CPUs and {resources.gpus} GPUs that `{what}` asks for "
+                f"(cluster: {self.cpus} CPUs, {self.gpus} GPUs); lower them in the cluster file"
+            )
+        return resources
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception that a worker raised, taken out of Ray's wrappings."""
+    cause = getattr(error, "cause", None)
+    return root_cause(cause) if isinstance(cause, BaseException) else error

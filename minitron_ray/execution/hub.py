@@ -1,0 +1,91 @@
+"""How workers tell the driver what they are doing, and hear that they should stop.
+
+One small actor: workers push events (at most four a second each), the driver drains them in a
+thread. `ray.train.report` waits for its controller and a train callback runs in another process,
+so neither can feed a live view.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+_PUSH_INTERVAL_S = 0.25
+_DRAIN_INTERVAL_S = 0.2
+
+
+class _Mailbox:
+    def __init__(self) -> None:
+        self._events: list[tuple[str, dict[str, Any]]] = []
+        self._stop = False
+
+    def push(self, events: list[tuple[str, dict[str, Any]]]) -> bool:
+        self._events.extend(events)
+        return self._stop
+
+    def drain(self) -> list[tuple[str, dict[str, Any]]]:
+        events, self._events = self._events, []
+        return events
+
+    def request_stop(self) -> None:
+        self._stop = True
+
+
+class Reporter:
+    """A worker's end. Pickled into workers; keeps only the newest event of a kind between pushes."""
+
+    def __init__(self, mailbox: ActorHandle) -> None:
+        self._mailbox = mailbox
+        self._last_push = 0.0
+        self._stop = False
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        """Tell the driver, unless it was told less than a quarter of a second ago."""
+        if time.monotonic() - self._last_push >= _PUSH_INTERVAL_S:
+            self._push([(kind, fields)])
+
+    def stop_requested(self) -> bool:
+        """Whether the user asked to stop, as of a quarter of a second ago."""
+        if time.monotonic() - self._last_push >= _PUSH_INTERVAL_S:
+            self._push([])
+        return self._stop
+
+    def _push(self, events: list[tuple[str, dict[str, Any]]]) -> None:
+        self._stop = ray.get(self._mailbox.push.remote(events))
+        self._last_push = time.monotonic()
+
+
+class Hub:
+    """The driver's end: the mailbox and the thread that hands its events on."""
+
+    def __init__(self, emit: Callable[..., None]) -> None:
+        actor = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(_Mailbox)
+        self._mailbox = actor.remote()
+        self._emit = emit
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._drain, name="hub", daemon=True)
+        self._thread.start()
+
+    def reporter(self) -> Reporter:
+        return Reporter(self._mailbox)
+
+    def request_stop(self) -> None:
+        self._mailbox.request_stop.remote()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(timeout=5)
+
+    def _drain(self) -> None:
+        while not self._closing.wait(_DRAIN_INTERVAL_S):
+            try:
+                events = ray.get(self._mailbox.drain.remote())
+            except ray.exceptions.RayError:
+                return  # the cluster is gone; the call that runs on it says so
+            for kind, fields in events:
+                self._emit(kind, **fields)

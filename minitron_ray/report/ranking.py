@@ -1,0 +1,257 @@
+"""`rank`: the teacher and every student that was tried, best first, from a run's tables alone.
+
+Distilled students come first, by their loss after distillation; then those that finished the
+search, by their loss after retraining; then those that halving stopped, still run, or failed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from minitron_ray.core.units import format_count
+from minitron_ray.report import tables
+from minitron_ray.report.tables import Tables
+from minitron_ray.results.runs import STAGES, RunInfo
+
+_ORDER = ("distilled", "distilling", "completed", "stopped", "running", "failed")
+_WAITING = {
+    "prepare": "the data is not prepared",
+    "importance": "the teacher's units are not scored",
+    "teacher": "the teacher's signal is not recorded",
+    "search": "the search has not finished",
+    "distill": "the distillation has not finished",
+    "evaluate": "teacher and students are not evaluated",
+    "export": "no student is exported",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One model. Losses are nats per token on the validation sequences; None is not known (yet)."""
+
+    subject: str
+    """`teacher`, or the candidate's id."""
+    rank: int | None
+    """From 1 for students with a final loss, None for the others and the teacher."""
+    status: str
+    """teacher, distilled, distilling, completed, stopped, running or failed."""
+    shape: str | None
+    parameters: int | None
+    budget_distance: float | None
+    """(parameters - target) / target: the target is the budget's centre, or a range's nearest edge."""
+    cut_loss: float | None
+    search_loss: float | None
+    final_loss: float | None
+    """After distillation; the teacher's own."""
+    perplexity: float | None
+    """exp of the last of the three losses."""
+    recovery: float | None
+    """The teacher's perplexity over this one's: 1 is as good as the teacher."""
+    tokens: int | None
+    """Distillation tokens behind the last loss."""
+    seconds: float | None
+    """Wall time of its trial and of its distillation steps."""
+    reason: str | None
+    export: str | None
+    """Folder of the exported model, relative to the run folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """What `report` shows. `missing` says in sentences what an unfinished run does not have yet."""
+
+    experiment: str
+    run_id: str
+    folder: str
+    status: str
+    budget: str | None
+    entries: tuple[Entry, ...]
+    missing: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"entries": [asdict(entry) for entry in self.entries]}
+
+
+def rank(run: RunInfo) -> Ranking:
+    """Ranks what a run, finished or not, has in its tables."""
+    found = tables.read(run.store)
+    resolved = _resolved(run.folder)
+    budget = resolved.get("budget")
+    teacher = _teacher(found, run.folder)
+    students = [_student(name, found, budget, teacher) for name in _names(found)]
+    students.sort(key=_place)
+    return Ranking(
+        experiment=run.experiment,
+        run_id=run.run_id,
+        folder=str(run.folder),
+        status=run.status,
+        budget=_budget_text(budget),
+        entries=(teacher, *_numbered(students)),
+        missing=tuple(_missing(run, found, resolved)),
+    )
+
+
+def shape_text(row: dict[str, Any]) -> str | None:
+    """`24L 576H 9h 1024m`: layers, hidden, heads, MLP."""
+    if any(row.get(name) is None for name in ("layers", "hidden", "heads", "mlp")):
+        return None
+    return f"{row['layers']}L {row['hidden']}H {row['heads']}h {row['mlp']}m"
+
+
+def budget_distance(parameters: int | None, budget: dict[str, Any] | None) -> float | None:
+    """How far a count is from the budget's centre, or from the nearest edge of a range (0 inside)."""
+    if parameters is None or not budget:
+        return None
+    target = budget["parameters"]
+    if isinstance(target, dict):
+        target = min(max(parameters, target["low"]), target["high"])
+    return (parameters - target) / float(target)
+
+
+def _teacher(found: Tables, folder: Path) -> Entry:
+    row = _prepared_teacher(folder)
+    loss = _measured(found, "teacher", "teacher")
+    return Entry(
+        subject="teacher",
+        rank=None,
+        status="teacher",
+        shape=shape_text(row),
+        parameters=row.get("parameters"),
+        budget_distance=None,
+        cut_loss=None,
+        search_loss=None,
+        final_loss=loss,
+        perplexity=_perplexity(loss),
+        recovery=None if loss is None else 1.0,
+        tokens=None,
+        seconds=None,
+        reason=None,
+        export=None,
+    )
+
+
+def _student(name: str, found: Tables, budget: dict[str, Any] | None, teacher: Entry) -> Entry:
+    trial, distillation = found.trials.get(name), found.distillations.get(name)
+    sizes = found.candidates.get(name) or (trial.shape if trial else {})
+    last = trial.last if trial else None
+    cut, distilled = _measured(found, name, "cut"), _measured(found, name, "distilled")
+    if cut is None and trial and 0 in trial.rungs:
+        cut = trial.rungs[0]["val_loss"]
+    searched = last["val_loss"] if last else None
+    final = next((loss for loss in (distilled, searched, cut) if loss is not None), None)
+    counted = (
+        "non_embedding_parameters" if budget and budget.get("count") == "non_embedding" else "parameters"
+    )
+    tokens = last["tokens"] if last else None
+    if distilled is not None:
+        tokens = found.evaluations[name, "distilled", "val_loss"]["distill_tokens"]
+    times = [part.seconds for part in (trial, distillation) if part and part.seconds]
+    perplexity = _perplexity(final)
+    return Entry(
+        subject=name,
+        rank=None,
+        status=_status(distilled, distillation is not None, trial.status if trial else "running"),
+        shape=shape_text(sizes),
+        parameters=sizes.get("parameters"),
+        budget_distance=budget_distance(sizes.get(counted), budget),
+        cut_loss=cut,
+        search_loss=searched,
+        final_loss=distilled,
+        perplexity=perplexity,
+        recovery=teacher.perplexity / perplexity if teacher.perplexity and perplexity else None,
+        tokens=tokens,
+        seconds=sum(times) if times else None,
+        reason=trial.reason if trial else None,
+        export=found.exports[name]["path"] if name in found.exports else None,
+    )
+
+
+def _names(found: Tables) -> list[str]:
+    """Every candidate that something was done with, in a stable order."""
+    evaluated = [subject for subject, _, _ in found.evaluations if subject != "teacher"]
+    return sorted({*found.trials, *found.distillations, *evaluated})
+
+
+def _measured(found: Tables, subject: str, phase: str) -> float | None:
+    row = found.evaluations.get((subject, phase, "val_loss"))
+    return row["value"] if row else None
+
+
+def _perplexity(loss: float | None) -> float | None:
+    if loss is None or math.isnan(loss):
+        return None
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _status(distilled: float | None, stepping: bool, trial: str) -> str:
+    if distilled is not None:
+        return "distilled"
+    return "distilling" if stepping else trial
+
+
+def _place(entry: Entry) -> tuple[int, float, str]:
+    losses = (entry.final_loss, entry.search_loss, entry.cut_loss)
+    loss = next((value for value in losses if value is not None), math.inf)
+    return _ORDER.index(entry.status), math.inf if math.isnan(loss) else loss, entry.subject
+
+
+def _numbered(students: list[Entry]) -> Iterator[Entry]:
+    place = 0
+    for entry in students:
+        if entry.status in ("distilled", "distilling", "completed"):
+            place += 1
+            yield Entry(**{**asdict(entry), "rank": place})
+        else:
+            yield entry
+
+
+def _missing(run: RunInfo, found: Tables, resolved: dict[str, Any]) -> Iterator[str]:
+    waiting = [stage for stage in STAGES if stage not in run.stages_done]
+    for stage in waiting:
+        yield _WAITING[stage] + _how_far(stage, found, resolved)
+
+
+def _how_far(stage: str, found: Tables, resolved: dict[str, Any]) -> str:
+    if stage == "search" and found.trials:
+        ended = sum(trial.status != "running" for trial in found.trials.values())
+        wanted = (resolved.get("search") or {}).get("trials")
+        return f": {ended} of at most {wanted} trials ended" if wanted else f": {ended} trials ended"
+    if stage == "distill" and found.distillations:
+        wanted = (resolved.get("distill") or {}).get("tokens")
+        of = f" of {wanted:,}" if wanted else ""
+        parts = [f"{name} at {d.tokens:,}{of} tokens" for name, d in sorted(found.distillations.items())]
+        return f": {', '.join(parts)}"
+    return ""
+
+
+def _resolved(folder: Path) -> dict[str, Any]:
+    path = folder / "resolved.yaml"
+    if not path.is_file():
+        return {}
+    return YAML(typ="safe", pure=True).load(path) or {}
+
+
+def _prepared_teacher(folder: Path) -> dict[str, Any]:
+    """The sizes the prepare stage recorded under `teacher` in its output."""
+    path = folder / "stages" / "prepare.json"
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_bytes())["output"].get("teacher") or {}
+
+
+def _budget_text(budget: dict[str, Any] | None) -> str | None:
+    if not budget:
+        return None
+    target = budget["parameters"]
+    counted = " without embeddings" if budget.get("count") == "non_embedding" else ""
+    if isinstance(target, dict):
+        return f"{format_count(target['low'])} to {format_count(target['high'])} parameters{counted}"
+    return f"{format_count(target)} parameters{counted} ± {100 * budget.get('tolerance', 0):g}%"

@@ -1,0 +1,73 @@
+"""The README.md of an exported student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minitron_ray import __version__
+from minitron_ray.experiment import Experiment
+from minitron_ray.models.architecture import Architecture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """All that the card tells."""
+
+    name: str
+    experiment: Experiment
+    run_id: str
+    teacher: Architecture
+    student: Architecture
+    teacher_parameters: int
+    parameters: int
+    perplexity_teacher: float
+    perplexity_cut: float
+    perplexity: float
+
+
+def model_card(facts: CardFacts) -> str:
+    """Markdown with the front matter that hubs read. The license is the teacher's to state, not ours."""
+    experiment = facts.experiment
+    hub_id = "://" not in experiment.teacher.path and not experiment.teacher.path.startswith((".", "/", "~"))
+    base = f"base_model: {experiment.teacher.path}\n" if hub_id else ""
+    rows = "\n".join(
+        f"| {label} | {getattr(facts.teacher, axis):,} | {getattr(facts.student, axis):,} |"
+        for axis, label in (
+            ("layers", "layers"),
+            ("hidden", "hidden size"),
+            ("heads", "attention heads"),
+            ("kv_heads", "KV groups"),
+            ("head_dim", "head dimension"),
+            ("mlp", "MLP (intermediate) size"),
+        )
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{base}tags: [pruning, distillation, minitron-ray]
+---
+
+# {facts.name}
+
+A student of {facts.parameters:,} parameters, cut out of `{experiment.teacher.path}`
+({facts.teacher_parameters:,} parameters) and distilled from it on {experiment.distill.tokens:,} tokens
+with the loss `{experiment.distill.loss.kind}`. It keeps the teacher's tokenizer; the teacher's license
+and its limits apply.
+
+| | teacher | student |
+|---|---|---|
+{rows}
+| parameters | {facts.teacher_parameters:,} | {facts.parameters:,} |
+| perplexity | {facts.perplexity_teacher:.2f} | {facts.perplexity:.2f} (as cut {facts.perplexity_cut:.2f}) |
+
+Perplexity on {experiment.data.validation} held-out sequences of {experiment.data.sequence_length} tokens of the
+distillation text. Seed {experiment.seed}, run `{facts.run_id}`, minitron-ray {__version__}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+print(tokenizer.decode(model.generate(**tokenizer("The capital of France is", return_tensors="pt"))[0]))
+```
+"""

@@ -1,0 +1,120 @@
+"""`Setting`: what a worker process needs to open teacher, students and data. Small, and picklable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minitron_ray.data.batches import batch_indices
+from minitron_ray.data.splits import Splits
+from minitron_ray.data.tokens import TokenStore
+from minitron_ray.distillation.loop import Data, Recipe, Share
+from minitron_ray.distillation.loss import DistillationLoss
+from minitron_ray.distillation.schedule import Schedule
+from minitron_ray.distillation.teacher import OnlineTeacher, StoredTeacher
+from minitron_ray.experiment import Experiment, Optimization
+from minitron_ray.importance.scores import Scores
+from minitron_ray.models.architecture import Architecture
+from minitron_ray.models.families import family_of
+from minitron_ray.models.family import Family
+from minitron_ray.search.selection import select
+from minitron_ray.search.space import Candidate
+from minitron_ray.weights.checkpoint import Checkpoint
+from minitron_ray.weights.device import compute_dtype, local_device
+from minitron_ray.weights.headless import Headless
+from minitron_ray.weights.model import build
+from minitron_ray.weights.surgery import cut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Paths and values only; models and token files are opened by the methods, where they are called."""
+
+    experiment: Experiment
+    teacher_folder: Path
+    tokens_folder: Path
+    splits: Splits
+    micro_batch: int
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.teacher_folder)
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.checkpoint.config)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The teacher's."""
+        return self.family.read(self.checkpoint.config)
+
+    def tokens(self) -> TokenStore:
+        return TokenStore(self.tokens_folder)
+
+    def share(self, rank: int = 0, world: int = 1, device: torch.device | None = None) -> Share:
+        """This process's part of the work, on its own device."""
+        device = device or local_device()
+        dtype = compute_dtype(self.experiment.precision, device)
+        return Share(rank=rank, world=world, device=device, dtype=dtype, micro_batch=self.micro_batch)
+
+    def teacher(self, share: Share) -> Headless:
+        """The whole teacher, frozen, in the precision of the computation."""
+        checkpoint = self.checkpoint
+        model = build(checkpoint.config, checkpoint, dtype=share.dtype, device=share.device, trainable=False)
+        return Headless(model.eval())
+
+    def online_teacher(self, share: Share) -> OnlineTeacher:
+        return OnlineTeacher(self.teacher(share))
+
+    def stored_teacher(self, folder: Path, share: Share) -> StoredTeacher:
+        """The teacher's stored signal; of the model itself only the LM head is opened."""
+        name = self.family.embedding if self.architecture.tied else self.family.lm_head
+        head = self.checkpoint.tensor(f"{name}.weight").to(share.device, share.dtype)
+        return StoredTeacher(folder, head)
+
+    def student(self, candidate: Candidate, scores: Scores, device: torch.device) -> Headless:
+        """The undistilled student cut from the memory-mapped teacher, float32, trainable."""
+        checkpoint, family, teacher = self.checkpoint, self.family, self.architecture
+        kept = select(scores, candidate, teacher)
+        tensors = cut(checkpoint, family, teacher, kept, dtype=torch.float32)
+        config = family.student_config(checkpoint.config, candidate.architecture(teacher), kept)
+        return Headless(build(config, tensors, dtype=torch.float32, device=device, trainable=True))
+
+    def student_config(self, candidate: Candidate, scores: Scores) -> dict[str, Any]:
+        """The student's `config.json`."""
+        teacher = self.architecture
+        kept = select(scores, candidate, teacher)
+        return self.family.student_config(self.checkpoint.config, candidate.architecture(teacher), kept)
+
+    def recipe(self, optimization: Optimization, tokens: int, loss: DistillationLoss) -> Recipe:
+        return Recipe(
+            loss=loss,
+            schedule=Schedule(
+                peak=optimization.learning_rate,
+                minimum=optimization.minimum_learning_rate,
+                warmup=optimization.warmup,
+                tokens=tokens,
+            ),
+            batch=optimization.batch,
+            sequence_length=self.experiment.data.sequence_length,
+            weight_decay=optimization.weight_decay,
+            betas=optimization.betas,
+            clip=optimization.clip,
+        )
+
+    def training_indices(self, step: int, batch: int) -> np.ndarray:
+        """The sequences of an optimizer step (from 1): the same for every candidate and every attempt."""
+        return batch_indices(self.splits.train, step - 1, batch, self.experiment.seed)
+
+    def training_data(self, batch: int) -> Data:
+        return Data(batch=lambda step: self.training_indices(step, batch), sequences=self.tokens().sequences)
+
+    def validation(self) -> tuple[np.ndarray, Sequence[int]]:
+        """The validation sequences, int64 (n, tokens), and their indices."""
+        return self.tokens().sequences(np.asarray(self.splits.validation)), list(self.splits.validation)

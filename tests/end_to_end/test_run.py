@@ -1,0 +1,150 @@
+"""One experiment from YAML to ranked students; the same after interruptions of every kind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.desk import Desk
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+KEYS = {
+    "trials": ("candidate_id", "rung"),
+    "steps": ("candidate_id", "step"),
+    "candidates": ("candidate_id",),
+    "importance": ("axis", "layer", "unit"),
+    "evaluations": ("subject", "phase", "metric"),
+    "sequence_losses": ("subject", "phase", "tokens", "sequence"),
+    "exports": ("candidate_id",),
+}
+"""What identifies a row."""
+
+FIGURES = {
+    "trials": ("val_loss", "val_divergence", "train_loss", "tokens", "final", "status"),
+    "steps": ("loss", "gradient_norm", "learning_rate", "val_loss", "tokens"),
+    "importance": ("score",),
+    "evaluations": ("value", "stderr"),
+    "sequence_losses": ("loss",),
+    "exports": ("parameters", "weights_digest"),
+}
+"""What must not depend on interruptions: everything but the clock."""
+
+
+def contents(desk: Desk) -> dict[str, dict[Any, Any]]:
+    found: dict[str, dict[Any, Any]] = {}
+    for table, key in KEYS.items():
+        rows = desk.rows(table)
+        names = Counter(tuple(row[name] for name in key) for row in rows)
+        assert names and max(names.values()) == 1, f"{table}: {names.most_common(1)} is there more than once"
+        figures = FIGURES.get(table, ())
+        found[table] = {tuple(r[n] for n in key): tuple(r[n] for n in figures) for r in rows}
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_text: Path) -> Desk:
+    """A run that nothing interrupted."""
+    desk = Desk.lay(tmp_path_factory.mktemp("whole"), tiny_llama, tiny_text)
+    out, err = desk.run()
+    assert "4L 48H" in out and "exported" in out
+    assert "Traceback" not in err and "Warning" not in err
+    return desk
+
+
+def test_tables_hold_every_stage(whole: Desk) -> None:
+    found = contents(whole)
+    assert len(found["candidates"]) == 16
+    feasible = {row["candidate_id"] for row in whole.rows("candidates") if row["in_budget"]}
+    trials = whole.rows("trials")
+    assert {row["candidate_id"] for row in trials} == feasible and len(feasible) == 7
+    assert all(row["reason"] for row in whole.rows("candidates") if not row["in_budget"])
+    assert {row["tokens"] for row in trials} == {0, 512, 1024, 2048}
+    assert {row["status"] for row in trials if row["final"]} == {"completed"}
+    assert sorted(row["step"] for row in whole.rows("steps")) == list(range(1, 501))
+    assert {row["workers"] for row in whole.rows("steps")} == {2}
+    statuses = [row["status"] for row in whole.rows("runs")]
+    assert statuses[0] == "running" and statuses[-1] == "succeeded"
+    columns = {name for row in whole.rows("evaluations") for name, value in row.items() if value is None}
+    assert columns <= {"stderr"}
+
+
+def test_the_best_trial_goes_on_and_learns(whole: Desk) -> None:
+    last = [row for row in whole.rows("trials") if row["final"]]
+    best = min(last, key=lambda row: row["val_loss"])["candidate_id"]
+    divergence = {
+        r["phase"]: r["value"] for r in whole.rows("evaluations") if r["metric"] == "val_divergence"
+    }
+    assert {r["subject"] for r in whole.rows("evaluations")} == {"teacher", best}
+    assert divergence["teacher"] == pytest.approx(0, abs=1e-5)
+    assert divergence["distilled"] < 0.8 * divergence["cut"]
+    one = next(row for row in whole.rows("trials") if row["candidate_id"] == best and row["rung"] == 0)
+    assert divergence["cut"] == one["val_divergence"]
+
+
+def test_the_export_is_a_stock_model_that_writes_text(whole: Desk) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (row,) = whole.rows("exports")
+    folder = whole.run_folder() / row["path"]
+    assert row["max_logit_difference"] == 0.0
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == row["parameters"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The guide", return_tensors="pt").input_ids
+    written = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert written.shape[1] > ids.shape[1]
+    assert "perplexity" in (folder / "README.md").read_text()
+    assert not list(folder.glob("*.bin")) and not list(folder.glob("*.py"))
+
+
+def test_a_second_run_reuses_everything_without_starting_ray(whole: Desk) -> None:
+    before, started = contents(whole), time.monotonic()
+    out, err = whole.run()
+    assert time.monotonic() - started < 20
+    for stage in ("prepare", "importance", "teacher", "search", "distill", "evaluate", "export"):
+        assert f"{stage}: reused" in err
+    assert contents(whole) == before
+    assert (
+        json.loads(whole.call("report", whole.run_folder().name, "--json")[0])["run_id"]
+        == whole.run_folder().name
+    )
+    assert "tiny" in whole.call("runs")[0]
+    rows = json.loads(
+        whole.call("query", "select * from trials order by val_loss limit 5", "--format", "json")[0]
+    )
+    assert len(rows) == 5 and rows[0]["val_loss"] <= rows[4]["val_loss"]
+    assert out
+
+
+def test_another_distillation_reuses_what_comes_before(whole: Desk) -> None:
+    _, err = whole.run("--set", "distill.tokens=2k", "--set", "search.trials=7")
+    assert "teacher: finished" in err and "from the cache" in err
+
+
+@pytest.mark.parametrize("table", ["trials", "steps"])
+def test_kill_9_of_the_driver_loses_and_doubles_nothing(desk: Desk, whole: Desk, table: str) -> None:
+    code, _ = desk.stop_when(
+        lambda: len(list(desk.results.glob(f"tiny/*/tables/{table}/*.arrow"))) > 2, signal.SIGKILL
+    )
+    assert code == -signal.SIGKILL
+    if table == "steps":
+        assert not list(desk.results.glob("tiny/*/stages/distill.json")), "killed too late to prove anything"
+    desk.run()
+    assert contents(desk) == contents(whole)
+
+
+def test_ctrl_c_stops_at_a_safe_point_and_says_how_to_go_on(desk: Desk, whole: Desk) -> None:
+    seen = lambda: list(desk.results.glob("tiny/*/tables/steps/*.arrow"))  # noqa: E731
+    code, err = desk.stop_when(seen, signal.SIGINT)
+    assert code == 130
+    assert "stopping at the next safe point" in err and "run it again" in err and "Traceback" not in err
+    assert desk.rows("runs")[-1]["status"] == "interrupted"
+    desk.run()
+    assert contents(desk) == contents(whole)

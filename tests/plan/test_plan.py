@@ -1,0 +1,110 @@
+"""Plans: the paper's counts, costs by an independent formula, fingerprints, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minitron_ray.core.errors import ConfigError
+from minitron_ray.core.loading import load
+from minitron_ray.experiment import Experiment
+from minitron_ray.plan import (
+    check_same_model,
+    experiment_fingerprint,
+    given_config,
+    make_plan,
+    stage_fingerprint,
+)
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def paper(name: str, *overrides: str) -> tuple[Experiment, dict[str, object]]:
+    experiment, _ = load(EXPERIMENTS / f"{name}.yaml", Experiment, overrides)
+    config = given_config(experiment, EXPERIMENTS)
+    assert config is not None
+    return experiment, config
+
+
+def test_the_papers_first_compression() -> None:
+    plan = make_plan(*paper("15b_to_8b"))
+    assert plan.family.parameters(plan.teacher) == 15_628_775_424
+    minitron = [
+        row for row in plan.feasible
+        if (row.candidate.layers, row.candidate.hidden, row.candidate.heads, row.candidate.mlp) == (32, 4096, 48, 16384)
+    ]  # fmt: skip
+    assert [row.parameters for row in minitron] == [8_271_699_968]
+    assert len(plan.feasible) == 15 == plan.trials
+
+
+def test_the_papers_second_compression() -> None:
+    plan = make_plan(*paper("8b_to_4b"))
+    assert plan.family.parameters(plan.teacher) == 8_271_699_968
+    assert len(plan.feasible) == 18
+    assert max(row.parameters for row in plan.feasible) == 4_190_509_056
+
+
+def test_costs_are_the_usual_arithmetic() -> None:
+    """6 N D for training and 2 N D for the teacher, without attention, within a tenth."""
+    plan = make_plan(*paper("15b_to_8b"))
+    distill = next(cost for cost in plan.costs if cost.stage == "distill")
+    assert distill.flops == pytest.approx(94e9 * (6 * 8.3e9 + 2 * 15.6e9), rel=0.1)
+    teacher = next(cost for cost in plan.costs if cost.stage == "teacher")
+    assert teacher.flops == 0 and "online in each trial" in teacher.what
+
+
+def test_a_budget_out_of_reach_names_the_range() -> None:
+    with pytest.raises(ConfigError, match=r"no shape of search.space has .*the space reaches .*B .* to .*B"):
+        make_plan(*paper("15b_to_8b", "budget.parameters=1B"))
+
+
+def test_sequences_longer_than_the_context_are_refused() -> None:
+    with pytest.raises(ConfigError, match="8192 is longer than the teacher's context of 4096"):
+        make_plan(*paper("15b_to_8b", "data.sequence_length=8192"))
+
+
+def test_more_students_than_trials_are_refused() -> None:
+    with pytest.raises(ConfigError, match="99 students cannot be kept of 15 trials"):
+        make_plan(*paper("15b_to_8b", "search.keep=99"))
+
+
+def test_an_unknown_family_is_named_with_those_supported() -> None:
+    experiment, config = paper("15b_to_8b")
+    with pytest.raises(ConfigError, match=r"'mamba' is not supported; supported are .*llama.*nemotron"):
+        make_plan(experiment, config | {"model_type": "mamba"})
+
+
+def test_the_fingerprint_follows_what_decides_the_result_only() -> None:
+    experiment, config = paper("15b_to_8b")
+    inline, _ = paper("15b_to_8b", "teacher.config=" + json.dumps(config))
+    seeded, _ = paper("15b_to_8b", "seed=1")
+    assert experiment_fingerprint(experiment) == experiment_fingerprint(inline)
+    assert experiment_fingerprint(experiment) != experiment_fingerprint(seeded)
+
+
+def test_a_stages_fingerprint_follows_all_of_its_inputs() -> None:
+    base = {"stage": "search", "version": 1, "fields": {"a": 1}, "needs": ["x"], "data": "d"}
+    changes = [{"version": 2}, {"fields": {"a": 2}}, {"needs": ["y"]}, {"data": "e"}, {"stage": "distill"}]
+    marks = [stage_fingerprint(**(base | change)) for change in changes]  # type: ignore[arg-type]
+    assert len({stage_fingerprint(**base), *marks}) == 6  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), ("{", "is not JSON"), ("[1]", "holds no JSON object")],
+)
+def test_a_bad_config_file_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "c.json").write_text(content)
+    experiment, _ = load(EXPERIMENTS / "15b_to_8b.yaml", Experiment, ["teacher.config=c.json"])
+    with pytest.raises(ConfigError, match=message):
+        given_config(experiment, tmp_path)
+
+
+def test_a_config_of_another_network_is_refused() -> None:
+    _, config = paper("15b_to_8b")
+    check_same_model(config, config)
+    with pytest.raises(ConfigError, match=r"correct teacher\.config or leave it out"):
+        check_same_model(config | {"hidden_size": 4096}, config)
