@@ -2,7 +2,7 @@
 
 Fields that are not set take the paper's best practice, scaled to a small machine where the paper
 gives no value. What stands here is identity: it decides the result. Where and how wide a run is
-executed stands in a cluster file (`execution/settings.py`) and never changes a result.
+executed stands in a cluster file (`execution/settings.py`) and is not part of it.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Distill(Optimization):
     tokens: TokenCount
     loss: Loss = ForwardKL()
     checkpoint_every: TokenCount | None = None
-    """Tokens between checkpoints; a twentieth of `tokens` if not set."""
+    """Tokens between checkpoints; a tenth of `tokens` if not set."""
     validate_every: TokenCount | None = None
     """Tokens between validations; a quarter of `tokens` if not set."""
 

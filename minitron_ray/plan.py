@@ -223,3 +223,14 @@ def signal_bytes_a_token(teacher: Architecture) -> int:
 def steps(tokens: int, batch: int, sequence_length: int) -> int:
     """Optimizer steps that see at least `tokens`."""
     return math.ceil(tokens / (batch * sequence_length))
+
+
+def distilled_tokens(experiment: Experiment) -> int:
+    """Tokens that each chosen student sees in its distillation."""
+    distill = experiment.distill
+    return tokens_seen(distill.tokens, distill.batch, experiment.data.sequence_length)
+
+
+def tokens_seen(tokens: int, batch: int, sequence_length: int) -> int:
+    """`tokens` rounded up to whole optimizer steps: what training really sees."""
+    return steps(tokens, batch, sequence_length) * batch * sequence_length

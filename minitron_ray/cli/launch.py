@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -17,10 +18,11 @@ import click
 from minitron_ray.core.errors import Interrupted
 from minitron_ray.core.events import EventBus
 from minitron_ray.core.loading import load
+from minitron_ray.execution.ray_start import check_reachable, cluster_address
 from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.execution.stop import StopSignal
 from minitron_ray.experiment import Experiment
-from minitron_ray.plan import experiment_fingerprint, given_config, make_plan
+from minitron_ray.plan import given_config, make_plan
 from minitron_ray.results.cache import Cache
 from minitron_ray.results.run import Run
 from minitron_ray.results.runs import resolve_run
@@ -58,29 +60,20 @@ def cluster_settings(path: Path | None, address: str | None) -> ClusterSettings:
 
 
 def launch(loaded: Loaded, results: Path, settings: ClusterSettings, *, quiet: bool, as_json: bool) -> None:
-    """Opens (or resumes) the run, drives it with a live view on stderr, and prints the ranking."""
+    """Prepares, opens (or resumes) the run, drives it with a live view on stderr, and prints the ranking."""
     results = results.expanduser().resolve()
-    run = Run.open(
-        results,
-        loaded.experiment.name,
-        experiment_fingerprint(loaded.experiment),
-        source=loaded.source,
-        resolved=loaded.experiment.model_dump(mode="json"),
-        environment=environment(loaded.overrides),
-    )
-    with run.lock():
-        _drive(loaded, run, Cache(results), settings, quiet)
+    run = _drive(loaded, results, settings, quiet)
     _show(results, run, as_json)
 
 
-def _drive(loaded: Loaded, run: Run, cache: Cache, settings: ClusterSettings, quiet: bool) -> None:
+def _drive(loaded: Loaded, results: Path, settings: ClusterSettings, quiet: bool) -> Run:
     from minitron_ray.execution.cluster import Cluster
-    from minitron_ray.pipeline import execute
+    from minitron_ray.pipeline import execute, plan_for, run_fingerprint
     from minitron_ray.report.live import open_view
     from minitron_ray.stages.context import Context
+    from minitron_ray.stages.prepare import prepare
 
-    resume = f"minitron-ray run goes on from here: run it again with the same file (run {run.run_id})"
-    events = EventBus(run.log_event)
+    experiment, cache, events = loaded.experiment, Cache(results), EventBus()
     stop = StopSignal(
         lambda: events.emit("note", text="stopping at the next safe point; Ctrl-C again to abort")
     )
@@ -88,19 +81,35 @@ def _drive(loaded: Loaded, run: Run, cache: Cache, settings: ClusterSettings, qu
         with ExitStack() as stack:
             events.add(stack.enter_context(open_view(sys.stderr, quiet=quiet)))
             stack.enter_context(stop.installed())
+            if address := cluster_address(settings):
+                check_reachable(address)  # before anything is fetched
+            ready = prepare(experiment, loaded.base, cache, events, stop, settings.micro_batch)
+            plan = plan_for(experiment, loaded.base, ready)
+            run = Run.open(
+                results,
+                experiment.name,
+                run_fingerprint(plan, ready),
+                source=loaded.source,
+                resolved=experiment.model_dump(mode="json"),
+                environment=environment(loaded.overrides),
+            )
+            stack.enter_context(run.lock())
+            events.add(run.log_event)
             cluster = stack.enter_context(Cluster(settings, run.folder, events, stop))
             context = Context(
-                experiment=loaded.experiment,
-                base=loaded.base,
+                experiment=experiment,
+                ready=ready,
                 run=run,
                 cache=cache,
                 cluster=cluster,
                 events=events,
                 stop=stop,
             )
-            execute(context)
+            execute(context, plan)
     except (Interrupted, KeyboardInterrupt):
-        raise Interrupted(f"interrupted, nothing finished is lost; {resume}") from None
+        again = shlex.join(["minitron-ray", *sys.argv[1:]])
+        raise Interrupted(f"interrupted, nothing finished is lost; to go on, run it again: {again}") from None
+    return run
 
 
 def _show(results: Path, run: Run, as_json: bool) -> None:

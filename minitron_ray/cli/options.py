@@ -37,6 +37,3 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say only what went wrong.")
 """`quiet: bool`."""
-
-verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
-"""`verbose: bool`."""

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 KEPT = 2
-"""Checkpoints kept: the newest, and one in case the newest turns out unreadable."""
+"""Checkpoints kept: the newest, and one to go back to by hand."""
 
 
 class Checkpoints:
@@ -38,7 +38,7 @@ class Checkpoints:
         return max(steps, default=0)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Durable when this returns, on every rank. Saving a step again replaces it."""
+        """Whole under its name when this returns, on every rank. Saving a step again replaces it."""
         temporary, final = self._folder / f"partial-{step:08d}", self._path(step)
         if self._leads:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -58,11 +58,6 @@ class Checkpoints:
         state = _state(model, optimizer)
         dcp.load(state, checkpoint_id=self._path(step))
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-
-    def remove(self) -> None:
-        """Drops all of them, once the final weights are written."""
-        if self._leads:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"

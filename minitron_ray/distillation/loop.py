@@ -108,7 +108,8 @@ def train(
     per_step = recipe.batch * recipe.sequence_length
     for step in range(first_step, recipe.steps + 1):
         started = time.perf_counter()
-        rate = recipe.schedule.rate(min(step * per_step, recipe.schedule.tokens))
+        # At the middle of the step: at its end the last step would have the minimum, which may be zero.
+        rate = recipe.schedule.rate(min((step - 0.5) * per_step, recipe.schedule.tokens))
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = _accumulate(student, teacher, data, data.batch(step), recipe, share)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError
 from minitron_ray.core.events import EventBus
-from minitron_ray.execution.ray_start import keep_logs, start_ray
+from minitron_ray.execution.ray_start import cluster_address, keep_logs, link_logs, start_ray
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
 
@@ -39,13 +39,16 @@ class Cluster:
 
         self._hub.close()
         ray.shutdown()
-        if self._session is not None and self.settings.address is None:
+        shutil.rmtree(self.storage, ignore_errors=True)  # nothing of Ray's own state is read again
+        if self._session is not None:
             keep_logs(self._session, self.folder / "logs")
 
     @property
     def storage(self) -> Path:
         """Where Ray keeps its own state; every node must see it."""
-        return Path(self.settings.storage) if self.settings.storage else self.folder / "ray"
+        if self.settings.storage is None:
+            return self.folder / "ray"
+        return Path(self.settings.storage).expanduser() / self.folder.name
 
     @property
     def hub(self) -> Any:
@@ -53,10 +56,13 @@ class Cluster:
         if self._hub is None:
             from minitron_ray.execution.hub import Hub
 
-            address = self.settings.address or os.environ.get("RAY_ADDRESS") or None
+            address = cluster_address(self.settings)
             info = start_ray(address)
-            self._session = Path(str(info["session_dir"]))
+            if address is None:  # another cluster's logs are not ours to copy
+                self._session = Path(str(info["session_dir"]))
+                link_logs(self._session, self.folder / "logs")
             self._hub = Hub(self.events.emit)
+            self.workers(), self.trial()  # what does not fit is said before anything is computed
         return self._hub
 
     @property
@@ -68,16 +74,23 @@ class Cluster:
         return int(self._total("CPU"))
 
     def worker(self) -> Resources:
-        return self._checked("worker", self.settings.worker or Resources(gpus=1 if self.gpus else 0))
+        return self._checked("worker", self.settings.worker or self._fair())
 
     def trial(self) -> Resources:
-        return self._checked("trial", self.settings.trial or Resources(gpus=1 if self.gpus else 0))
+        return self._checked("trial", self.settings.trial or self._fair())
+
+    def _fair(self) -> Resources:
+        """A GPU each where there are any; else half of the CPUs, as far as one node has them."""
+        if self.gpus:
+            return Resources(gpus=1)
+        largest = max(node.get("CPU", 0) for node in _nodes())
+        return Resources(cpus=max(1, min(int(largest), self.cpus // 2)))
 
     def workers(self) -> int:
         """How many processes distill."""
         workers = self.settings.workers or self.gpus or min(2, self.cpus)
         each = self.worker()
-        if workers * each.cpus > self.cpus or workers * each.gpus > self.gpus:
+        if workers > _room(each):
             raise EnvironmentFailure(
                 f"{workers} workers of {each.cpus} CPUs and {each.gpus} GPUs do not fit a cluster of {self.cpus} "
                 f"CPUs and {self.gpus} GPUs; lower `workers` in the cluster file"
@@ -86,9 +99,7 @@ class Cluster:
 
     def concurrent_trials(self) -> int:
         each = self.trial()
-        room = self.cpus // each.cpus
-        if each.gpus:
-            room = min(room, self.gpus // each.gpus)
+        room = _room(each)
         return max(1, min(self.settings.concurrent_trials or room, room))
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -101,7 +112,7 @@ class Cluster:
         from minitron_ray.execution.threads import with_threads
 
         hub = self.hub
-        node = max((n["Resources"] for n in ray.nodes() if n["Alive"]), key=lambda r: r.get("CPU", 0))
+        node = max(_nodes(), key=lambda resources: (resources.get("GPU", 0) > 0, resources.get("CPU", 0)))
         cpus, gpus = int(node.get("CPU", 1)), min(1, int(node.get("GPU", 0)))
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(with_threads)
         task = remote.remote(cpus, function, *arguments, hub.reporter())
@@ -123,16 +134,28 @@ class Cluster:
         return float(ray.cluster_resources().get(resource, 0))
 
     def _checked(self, what: str, resources: Resources) -> Resources:
-        import ray
-
         assert self.hub is not None
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(n.get("CPU", 0) >= resources.cpus and n.get("GPU", 0) >= resources.gpus for n in nodes):
+        if not _room(resources):
             raise EnvironmentFailure(
                 f"no node has the {resources.cpus} CPUs and {resources.gpus} GPUs that `{what}` asks for "
                 f"(cluster: {self.cpus} CPUs, {self.gpus} GPUs); lower them in the cluster file"
             )
         return resources
+
+
+def _nodes() -> list[dict[str, float]]:
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _room(each: Resources) -> int:
+    """How many processes that reserve `each` fit, node by node."""
+    room = 0
+    for node in _nodes():
+        fit = int(node.get("CPU", 0)) // each.cpus
+        room += min(fit, int(node.get("GPU", 0)) // each.gpus) if each.gpus else fit
+    return room
 
 
 def root_cause(error: BaseException) -> BaseException:

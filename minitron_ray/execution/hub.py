@@ -37,7 +37,7 @@ class _Mailbox:
 
 
 class Reporter:
-    """A worker's end. Pickled into workers; keeps only the newest event of a kind between pushes."""
+    """A worker's end, pickled into workers. Progress that comes too fast is dropped, nothing else is."""
 
     def __init__(self, mailbox: ActorHandle) -> None:
         self._mailbox = mailbox
@@ -45,8 +45,9 @@ class Reporter:
         self._stop = False
 
     def __call__(self, kind: str, **fields: Any) -> None:
-        """Tell the driver, unless it was told less than a quarter of a second ago."""
-        if time.monotonic() - self._last_push >= _PUSH_INTERVAL_S:
+        """Tell the driver; progress only if it was told nothing for a quarter of a second."""
+        told_just_now = time.monotonic() - self._last_push < _PUSH_INTERVAL_S
+        if not (kind.endswith("_progress") and told_just_now):
             self._push([(kind, fields)])
 
     def stop_requested(self) -> bool:
@@ -82,7 +83,9 @@ class Hub:
         self._thread.join(timeout=5)
 
     def _drain(self) -> None:
-        while not self._closing.wait(_DRAIN_INTERVAL_S):
+        closing = False
+        while not closing:
+            closing = self._closing.wait(_DRAIN_INTERVAL_S)  # once more after the end
             try:
                 events = ray.get(self._mailbox.drain.remote())
             except ray.exceptions.RayError:

@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from minitron_ray.core.errors import EnvironmentFailure
+from minitron_ray.execution.settings import ClusterSettings
 
 _CONNECT_TIMEOUT_S = 5.0
 _LARGEST_LOG = 8 * 2**20
+
+
+def cluster_address(settings: ClusterSettings) -> str | None:
+    """The cluster to join; None to start Ray on this machine."""
+    return settings.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def start_ray(address: str | None) -> dict[str, Any]:
@@ -24,7 +30,7 @@ def start_ray(address: str | None) -> dict[str, Any]:
     """
     _private_token()
     if address is not None:
-        _check_reachable(address)
+        check_reachable(address)
     import ray
 
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
@@ -48,9 +54,18 @@ def start_ray(address: str | None) -> dict[str, Any]:
     return dict(context.address_info)
 
 
+def link_logs(session: Path, logs: Path) -> None:
+    """`logs/session` points to Ray's logs while it runs, and after a kill -9."""
+    logs.mkdir(parents=True, exist_ok=True)
+    link = logs / "session"
+    link.unlink(missing_ok=True)
+    link.symlink_to(session / "logs")
+
+
 def keep_logs(session: Path, logs: Path) -> None:
     """Copies Ray's own logs of a session into the run folder, all but very large ones."""
     target = logs / "ray"
+    (logs / "session").unlink(missing_ok=True)
     for source in sorted(session.glob("logs/**/*")):
         if source.is_file() and not source.is_symlink() and 0 < source.stat().st_size <= _LARGEST_LOG:
             copy = target / source.relative_to(session / "logs")
@@ -72,17 +87,17 @@ def _private_token() -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as stream:
             stream.write(secrets.token_hex(32))
-    except FileExistsError:
-        return  # another process was faster
     except OSError as error:
+        if path.is_file():
+            return  # another process was faster
         raise EnvironmentFailure(
             f"{path}: cannot keep Ray's cluster token there ({error.strerror}); "
             "name another file in RAY_AUTH_TOKEN_PATH"
         ) from None
 
 
-def _check_reachable(address: str) -> None:
-    """Ray itself retries for half a minute and more before it says that nobody is there."""
+def check_reachable(address: str) -> None:
+    """Raises EnvironmentFailure where nobody listens. Ray itself retries for half a minute before it says so."""
     if address == "auto" or "://" in address:
         return
     host, _, port = address.rpartition(":")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from minitron_ray.core.errors import Interrupted
+
 
 class StopSignal:
     """Asked by the stages between units of work."""
@@ -20,23 +22,40 @@ class StopSignal:
     def requested(self) -> bool:
         return self._event.is_set()
 
+    def check(self) -> None:
+        """Raises Interrupted if the user asked to stop."""
+        if self.requested:
+            raise Interrupted("stopped by request")
+
     def request(self) -> None:
-        if not self._event.is_set():
-            self._event.set()
-            self._announce()
+        self._event.set()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Handles SIGINT and SIGTERM in this (main) thread until the block ends."""
 
         def handle(number: int, frame: FrameType | None) -> None:
+            # Nothing else: the main thread may hold any lock and be amid any write.
             if self.requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.request()
+
+        ended = threading.Event()
+
+        def announce() -> None:
+            while not ended.is_set():
+                if self._event.wait(0.2):
+                    self._announce()
+                    return
+
+        thread = threading.Thread(target=announce, name="stop-signal", daemon=True)
+        thread.start()
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
+            ended.set()
+            thread.join()
             for number, handler in before.items():
                 signal.signal(number, handler)

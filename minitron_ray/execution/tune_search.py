@@ -8,9 +8,8 @@ in the halving's rungs and in the study, and candidates that were cut off are tr
 from __future__ import annotations
 
 import logging
-import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,8 +59,8 @@ class SearchRequest:
     sampler: BaseSampler
     study: Path
     trials: int
-    first_rung: int
-    tokens: int
+    rungs: tuple[int, ...]
+    """Tokens at which a trial reports, ascending; the last one ends it."""
     reduction: float | None
     known: tuple[KnownTrial, ...]
 
@@ -79,7 +78,7 @@ def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) ->
     for trial in request.known:
         search.know(trial.candidate_id, ended=trial.ended)
     remaining = search.remaining
-    if remaining == 0:
+    if remaining <= 0:
         return
     storage = cluster.storage / "tune"
     tuner = tune.Tuner(
@@ -107,7 +106,6 @@ def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) ->
         raise MinitronError(f"the search was lost: {str(error).splitlines()[0]}") from error
     finally:
         watcher.close()
-        shutil.rmtree(storage, ignore_errors=True)
 
 
 class _StopWatcher:
@@ -138,17 +136,19 @@ def _trial(config: dict[str, Any], objective: Callable[..., None], reporter: Any
 
 def _scheduler(request: SearchRequest) -> TrialScheduler:
     """Asynchronous successive halving over tokens, knowing the rungs of earlier attempts."""
-    if request.reduction is None or request.first_rung >= request.tokens:
+    if request.reduction is None or len(request.rungs) == 1:
         return FIFOScheduler()
     scheduler = AsyncHyperBandScheduler(
         time_attr="tokens",
         metric="val_loss",
         mode="min",
-        grace_period=request.first_rung,
-        max_t=request.tokens,
+        grace_period=request.rungs[0],
+        max_t=request.rungs[-1],
         reduction_factor=request.reduction,
     )
     bracket = scheduler._brackets[0]
+    # Ray spaces its rungs geometrically; ours are whole optimizer steps.
+    bracket._rungs = [(tokens, {}) for tokens in reversed(request.rungs)]
     for trial in request.known:
         for tokens, loss in trial.rungs if trial.ended else ():
             bracket.on_result(SimpleNamespace(trial_id=trial.candidate_id), tokens, -loss)
@@ -187,8 +187,3 @@ class _Listener(tune.Callback):
         cause = root_cause(error) if error is not None else None
         reason = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
         self._record.ended(trial.config["candidate_id"], "failed", reason)
-
-
-def ended(trials: Iterable[KnownTrial]) -> int:
-    """How many of the trials had ended."""
-    return sum(trial.ended for trial in trials)

@@ -126,6 +126,8 @@ class ProgressModel:
 
     def _stage_progress(self, at: float, fields: dict[str, Any]) -> None:
         stage = self._stage(fields)
+        if stage.status not in ("waiting", "running"):
+            return  # a worker's word that comes after the stage's end
         stage.status = "running"
         _update(stage, fields, "done", "total", "unit", "loss", "tokens_per_second", "note")
         if fields.get("done") is not None:

@@ -9,7 +9,7 @@ appending the same (writer, sequence) again replaces the fragment instead of dou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +46,20 @@ class Store:
     def read(self, table: str) -> pa.Table:
         """All rows, fragments in the order of their names. Empty, with all columns, if there are none."""
         return _read(table, self._fragments(table))
+
+    def remove(self, table: str, writer: str) -> None:
+        """Drops all fragments of a writer, the highest sequence first."""
+        for path in reversed(self._fragments(table)):
+            if path.name.rpartition("-")[0] == writer:
+                path.unlink()
+
+    def fragments(self, table: str, writers: str) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+        """Writer, sequence and rows (without the envelope) of every fragment whose writer begins so."""
+        for path in self._fragments(table):
+            writer, _, sequence = path.stem.rpartition("-")
+            if writer.startswith(writers):
+                rows = _read(table, [path]).select(TABLES[table].names).to_pylist()
+                yield writer, int(sequence), rows
 
     def has(self, table: str, writer: str, sequence: int) -> bool:
         """Whether that fragment has been written."""

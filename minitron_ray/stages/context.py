@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from minitron_ray.core.errors import Interrupted
@@ -16,6 +15,8 @@ from minitron_ray.execution.stop import StopSignal
 from minitron_ray.experiment import Experiment
 from minitron_ray.results.cache import Cache
 from minitron_ray.results.run import Run
+from minitron_ray.stages.prepare import Prepared
+from minitron_ray.stages.reuse import outputs_exist, take_over
 
 
 @dataclass(kw_only=True)
@@ -23,8 +24,7 @@ class Context:
     """One run in progress: its file, its folder, its cluster, and who listens."""
 
     experiment: Experiment
-    base: Path
-    """The experiment file's folder, for relative paths."""
+    ready: Prepared
     run: Run
     cache: Cache
     cluster: Cluster
@@ -32,12 +32,10 @@ class Context:
     stop: StopSignal
     current: str = ""
     """The stage in progress."""
-    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def check_stop(self) -> None:
         """Raises Interrupted if the user asked to stop."""
-        if self.stop.requested:
-            raise Interrupted("stopped by request")
+        self.stop.check()
 
     def stage(
         self,
@@ -54,8 +52,12 @@ class Context:
         """
         self.check_stop()
         record = self.run.record(name, fingerprint)
-        if record is not None:
+        if record is not None and outputs_exist(self.run.folder, record["output"]):
             self.events.emit("stage_reused", stage=name, summary=record["summary"])
+            return record["output"]
+        if (record := take_over(self.run, name, fingerprint)) is not None:
+            self.run.finish_stage(name, fingerprint, record["output"], record["summary"], record["seconds"])
+            self.events.emit("stage_reused", stage=name, summary=f"{record['summary']} (from another run)")
             return record["output"]
         with self._recording(name, fingerprint, total, unit) as started:
             output, summary = work()

@@ -34,6 +34,7 @@ def run(context: Context, plan: Plan, setting: Setting, chosen: list[str]) -> tu
             shutil.rmtree(folder / "final.partial", ignore_errors=True)
             if run_group(context.cluster, distill_worker, job)["interrupted"]:
                 raise Interrupted("stopped by request")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         folders[candidate_id] = str((folder / "final").relative_to(context.run.folder))
     return {"folders": folders}, _summary(context, chosen)
 

@@ -17,7 +17,7 @@ from minitron_ray.distillation.teacher import OnlineTeacher
 from minitron_ray.evaluation.measure import measure
 from minitron_ray.execution.train_group import Worker
 from minitron_ray.importance.scores import Scores
-from minitron_ray.plan import steps
+from minitron_ray.plan import distilled_tokens, steps
 from minitron_ray.results.store import Store
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.setting import Setting
@@ -49,8 +49,8 @@ class DistillJob:
 
 def distill_worker(job: DistillJob, worker: Worker) -> dict[str, Any]:
     """Runs on every rank; returns `step`, `tokens` and whether the user stopped it before the end."""
-    done = _Distillation(job, worker)
-    step = done.run()
+    written = (job.folder / "final").exists()  # another rank was lost after that
+    step = job.recipe.steps if written else _Distillation(job, worker).run()
     batch_tokens = job.recipe.batch * job.recipe.sequence_length
     return {"step": step, "tokens": step * batch_tokens, "interrupted": step < job.recipe.steps}
 
@@ -121,7 +121,7 @@ class _Distillation:
             "stage_progress",
             stage="distill",
             done=step.tokens,
-            total=self._job.setting.experiment.distill.tokens,
+            total=distilled_tokens(self._job.setting.experiment),
             unit="tokens",
             loss=step.loss,
             step=step.step,
@@ -157,7 +157,6 @@ class _Distillation:
         if self._worker.rank == 0:
             write_student(self._job, weights)
         dist.barrier()
-        self._checkpoints.remove()
 
 
 def write_student(job: DistillJob, weights: dict[str, torch.Tensor]) -> None:

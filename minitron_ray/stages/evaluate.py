@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from minitron_ray.distillation.teacher import TeacherSignal
 from minitron_ray.evaluation.measure import Measurement, measure
+from minitron_ray.plan import distilled_tokens
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.checkpoint import Checkpoint
@@ -23,11 +25,13 @@ from minitron_ray.weights.model import build
 VERSION = 1
 
 
-def run(context: Context, setting: Setting, folders: dict[str, str]) -> tuple[dict[str, Any], str]:
+def run(
+    context: Context, setting: Setting, folders: dict[str, str], signal: str | None
+) -> tuple[dict[str, Any], str]:
     """Writes `evaluations` and `sequence_losses`; returns each subject's perplexity."""
-    store, tokens = context.run.store, context.experiment.distill.tokens
+    store, tokens = context.run.store, distilled_tokens(context.experiment)
     paths = {candidate_id: (context.run.folder / path).resolve() for candidate_id, path in folders.items()}
-    measured: dict[str, Measurement] = context.cluster.call(measure_all, setting, paths)
+    measured: dict[str, Measurement] = context.cluster.call(measure_all, setting, paths, signal)
     predictions = len(setting.splits.validation) * (setting.experiment.data.sequence_length - 1)
     perplexities = {}
     for subject, measurement in measured.items():
@@ -49,12 +53,14 @@ def run(context: Context, setting: Setting, folders: dict[str, str]) -> tuple[di
 
 
 def measure_all(
-    setting: Setting, folders: dict[str, Path], report: Callable[..., None]
+    setting: Setting, folders: dict[str, Path], signal: str | None, report: Callable[..., None]
 ) -> dict[str, Measurement]:
     """In a worker: measure the teacher, then every student against it."""
     share = setting.share()
     sequences, indices = setting.validation()
-    teacher = setting.online_teacher(share)
+    teacher: TeacherSignal = (
+        setting.stored_teacher(Path(signal), share) if signal else setting.online_teacher(share)
+    )
     total = len(sequences) * (1 + len(folders))
     measured: dict[str, Measurement] = {}
 

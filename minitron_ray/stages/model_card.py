@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from minitron_ray import __version__
 from minitron_ray.experiment import Experiment
 from minitron_ray.models.architecture import Architecture
+from minitron_ray.plan import distilled_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,7 @@ pipeline_tag: text-generation
 # {facts.name}
 
 A student of {facts.parameters:,} parameters, cut out of `{experiment.teacher.path}`
-({facts.teacher_parameters:,} parameters) and distilled from it on {experiment.distill.tokens:,} tokens
+({facts.teacher_parameters:,} parameters) and distilled from it on {distilled_tokens(experiment):,} tokens
 with the loss `{experiment.distill.loss.kind}`. It keeps the teacher's tokenizer; the teacher's license
 and its limits apply.
 

@@ -38,8 +38,7 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
         sampler=search.sampler.build(context.experiment.seed),
         study=context.run.folder / "study.journal",
         trials=plan.trials,
-        first_rung=rungs[0],
-        tokens=rungs[-1],
+        rungs=tuple(rungs),
         reduction=search.halving.reduction if search.halving else None,
         known=known_trials(store),
     )
@@ -73,12 +72,14 @@ def _choose(plan: Plan, store: Store) -> tuple[dict[str, Any], str]:
     if not completed:
         reasons = sorted({row["reason"] for row in rows if row["reason"]})
         why = "; ".join(reasons) or "all were stopped"
-        raise MinitronError(f"none of {len(rows)} trials was completed: {why}; see logs/ray in the run")
+        raise MinitronError(f"none of {len(rows)} trials was completed: {why}; see logs/ in the run")
     chosen = completed[: plan.experiment.search.keep]
     best = chosen[0]
     counts = {status: sum(row["status"] == status for row in rows) for status in ENDED}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     shape = plan.candidate(best["candidate_id"]).shape_text()
+    if len(chosen) < plan.experiment.search.keep:
+        told += f" (keep asks for {plan.experiment.search.keep}; only completed trials can be kept)"
     summary = f"{told}; best {best['candidate_id']} ({shape}), loss {best['val_loss']:.3f}"
     return {"chosen": [row["candidate_id"] for row in chosen]}, summary
 
@@ -106,7 +107,10 @@ class Record:
         self._progress()
 
     def started(self, candidate_id: str) -> None:
+        """Rows of a cut-off attempt are dropped: this one may end at an earlier rung."""
         self._rows[candidate_id].clear()
+        for table in ("trials", "sequence_losses"):
+            self._context.run.store.remove(table, f"trial-{candidate_id}")
 
     def rung(self, candidate_id: str, result: dict[str, Any]) -> None:
         rows = self._rows[candidate_id]
@@ -123,13 +127,13 @@ class Record:
         }
         rows.append(row)
         store, phase = self._context.run.store, "search" if row["tokens"] else "cut"
-        sequences = self._context.outputs["prepare"]["validation"]
+        first = self._context.ready.setting.splits.validation.start
         losses = [
             {
                 "subject": candidate_id,
                 "phase": phase,
                 "tokens": row["tokens"],
-                "sequence": sequences[0] + i,
+                "sequence": first + i,
                 "loss": loss,
             }
             for i, loss in enumerate(result["losses"])

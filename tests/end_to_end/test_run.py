@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from minitron_ray.results.store import Store
 from tests.end_to_end.desk import Desk
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -108,7 +109,7 @@ def test_a_second_run_reuses_everything_without_starting_ray(whole: Desk) -> Non
     before, started = contents(whole), time.monotonic()
     out, err = whole.run()
     assert time.monotonic() - started < 20
-    for stage in ("prepare", "importance", "teacher", "search", "distill", "evaluate", "export"):
+    for stage in ("importance", "teacher", "search", "distill", "evaluate", "export"):
         assert f"{stage}: reused" in err
     assert contents(whole) == before
     assert (
@@ -123,9 +124,28 @@ def test_a_second_run_reuses_everything_without_starting_ray(whole: Desk) -> Non
     assert out
 
 
-def test_another_distillation_reuses_what_comes_before(whole: Desk) -> None:
-    _, err = whole.run("--set", "distill.tokens=2k", "--set", "search.trials=7")
-    assert "teacher: finished" in err and "from the cache" in err
+def test_another_distillation_takes_the_search_over(whole: Desk) -> None:
+    before = contents(whole)
+    _, err = whole.run("--set", "distill.tokens=2k")
+    for stage in ("importance", "search"):
+        assert f"{stage}: reused" in err and "(from another run)" in err
+    assert "distill: finished" in err
+    assert contents(whole) == before
+    one, other = (Store(folder, "tiny", folder.name) for folder in sorted(whole.results.glob("tiny/2*")))
+    for table in ("importance", "trials", "candidates"):
+        rows, copies = one.read(table).to_pylist(), other.read(table).to_pylist()
+        assert {row.pop("run_id") for row in copies} == {other.run_id}
+        assert [row | {"run_id": ""} for row in copies] == [row | {"run_id": ""} for row in rows]
+
+
+def test_an_edited_text_is_another_run(desk: Desk) -> None:
+    arguments = ("--set", "distill.tokens=1k", "--set", "search.trials=1")
+    desk.run(*arguments)
+    path = next((desk.folder / "text").rglob("*.txt"))
+    path.write_text(path.read_text().upper())
+    _, err = desk.run(*arguments)
+    assert "reused" not in err
+    assert len({path.parent for path in desk.results.glob("tiny/*/run.json")}) == 2
 
 
 @pytest.mark.parametrize("table", ["trials", "steps"])

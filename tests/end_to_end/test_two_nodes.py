@@ -1,0 +1,81 @@
+"""A cluster of two nodes on loopback, started with `ray start` as cluster/README.md says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.desk import Desk
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port() -> int:
+    """Below 10002, where Ray's worker ports begin."""
+    for port in range(7000, 7100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise RuntimeError("no free port")
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """Two nodes of one CPU each; both end with the test."""
+    port = free_port()
+    # Short, since Ray puts sockets below it, whose names may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="mr", dir="/tmp")
+    head = start(
+        "--head",
+        f"--port={port}",
+        "--dashboard-host=127.0.0.1",
+        f"--temp-dir={folder}",
+        "--disable-usage-stats",
+    )
+    nodes = [head]
+    try:
+        wait(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), "the head")
+        nodes.append(start(f"--address=127.0.0.1:{port}"))
+        yield f"127.0.0.1:{port}"
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+            node.wait(timeout=30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait(ready, what: str) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < deadline, f"{what} did not start"
+        time.sleep(0.2)
+
+
+def test_workers_on_both_nodes_distill_together(desk: Desk, address: str) -> None:
+    (desk.folder / "cluster.yaml").write_text("workers: 2\nconcurrent_trials: 2\n")
+    out, err = desk.run("--cluster", "cluster.yaml", "--address", address, "--set", "distill.tokens=4k")
+    assert "exported" in out and "Traceback" not in err
+    assert {row["workers"] for row in desk.rows("steps")} == {2}
+    assert [row["status"] for row in desk.rows("runs")][-1] == "succeeded"
+
+
+def test_a_cluster_without_room_for_the_workers_says_so(desk: Desk, address: str) -> None:
+    (desk.folder / "cluster.yaml").write_text("workers: 5\n")
+    _, err = desk.call("run", "tiny.yaml", "--cluster", "cluster.yaml", "--address", address, expect=3)
+    assert "5 workers of 1 CPUs and 0 GPUs do not fit" in err and "lower `workers`" in err
