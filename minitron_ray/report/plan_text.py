@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from minitron_ray.core.units import format_count
+from minitron_ray.core.units import format_bytes, format_count
+from minitron_ray.models.cost import training_bytes, weight_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +33,13 @@ def render(plan: Plan, console: Console) -> None:
     console.print(
         f"candidates  {len(plan.feasible):,} of {len(plan.rows):,} shapes are inside; "
         f"{plan.trials} will be tried" + (" (all of them)" if plan.trials == len(plan.feasible) else ""),
+        soft_wrap=True,
+    )
+    largest = max(plan.feasible, key=lambda row: row.parameters).candidate.architecture(teacher)
+    console.print(
+        f"memory      a trial holds {format_bytes(training_bytes(family, largest))} (float32 student, gradients, "
+        f"optimizer; activations come on top), which workers share in the distillation; the teacher takes "
+        f"{format_bytes(weight_bytes(family, teacher, 'bfloat16'))} in bfloat16",
         soft_wrap=True,
     )
     console.print(_candidates(plan))
@@ -77,7 +85,10 @@ def _candidates(plan: Plan) -> Table:
 
 def _costs(plan: Plan) -> Table:
     table = Table(
-        box=SIMPLE_HEAD, pad_edge=False, caption="upper bounds: halving does less", caption_justify="left"
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption="halving does less; validation during distillation is not counted",
+        caption_justify="left",
     )
     table.add_column("stage", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)

@@ -23,11 +23,12 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 def free_port() -> int:
     """Below 10002, where Ray's worker ports begin."""
-    for port in range(7000, 7100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise RuntimeError("no free port")
+    return next(port for port in range(7000, 7100) if not listening(port))
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
@@ -50,7 +51,7 @@ def address() -> Iterator[str]:
     )
     nodes = [head]
     try:
-        wait(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), "the head")
+        wait(lambda: listening(port), "the head")
         nodes.append(start(f"--address=127.0.0.1:{port}"))
         yield f"127.0.0.1:{port}"
     finally:
