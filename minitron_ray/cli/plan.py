@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from minitron_ray.cli.options import results_option, set_option
+from minitron_ray.cli.options import experiments_argument, json_option, results_option, set_option
 
 
 @click.command()
-@click.argument("experiments", nargs=-1, required=True, type=click.Path(path_type=Path))
+@experiments_argument
 @results_option
 @set_option
-@click.option("--json", "as_json", is_flag=True, help="Print the plans as JSON.")
+@json_option
 def plan(experiments: tuple[Path, ...], results: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Count the teacher and every candidate of each EXPERIMENT, and what the stages would cost.
 

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import click
 
-from minitron_ray.cli.options import quiet_option, results_option, set_option
+from minitron_ray.cli.options import (
+    experiments_argument,
+    json_option,
+    quiet_option,
+    results_option,
+    set_option,
+)
 
 
 @click.command()
-@click.argument("experiments", nargs=-1, required=True, type=click.Path(path_type=Path))
+@experiments_argument
 @results_option
 @set_option
 @click.option(
@@ -23,7 +29,7 @@ from minitron_ray.cli.options import quiet_option, results_option, set_option
     help="A file of cluster/: where to run, how wide.",
 )
 @quiet_option
-@click.option("--json", "as_json", is_flag=True, help="Print the ranking as JSON.")
+@json_option
 def run(
     experiments: tuple[Path, ...],
     results: Path,

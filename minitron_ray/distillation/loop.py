@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitron_ray.core.errors import MinitronError
+from minitron_ray.data.batches import rank_slice
 from minitron_ray.distillation.fused_head import fused_head_loss
 from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.schedule import Schedule
@@ -143,7 +144,7 @@ def _accumulate(
     share: Share,
 ) -> Tensor:
     """Gradients of this rank's share of `batch`; returns its part of the mean loss, float32 scalar."""
-    mine = batch[share.rank :: share.world]
+    mine = rank_slice(batch, share.rank, share.world)
     # Every rank makes the same number of forward passes: under FSDP each is a collective.
     largest = math.ceil(len(batch) / share.world)
     starts = range(0, largest, share.micro_batch)

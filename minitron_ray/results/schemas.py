@@ -46,7 +46,7 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
             at=(_TIME, "when"),
         ),
         "stages": _schema(
-            stage=(_TEXT, "prepare, importance, search, distill, evaluate or export"),
+            stage=(_TEXT, "prepare, importance, teacher, search, distill, evaluate or export"),
             fingerprint=(_TEXT, "digest of the stage's inputs"),
             status=(_TEXT, "finished, reused, failed or interrupted"),
             summary=(_TEXT, "one line"),

@@ -53,17 +53,21 @@ class Context:
         self.check_stop()
         record = self.run.record(name, fingerprint)
         if record is not None and outputs_exist(self.run.folder, record["output"]):
-            self.events.emit("stage_reused", stage=name, summary=record["summary"])
-            return record["output"]
+            return self._reused(name, fingerprint, record, record["summary"])
         if (record := take_over(self.run, name, fingerprint)) is not None:
             self.run.finish_stage(name, fingerprint, record["output"], record["summary"], record["seconds"])
-            self.events.emit("stage_reused", stage=name, summary=f"{record['summary']} (from another run)")
-            return record["output"]
+            return self._reused(name, fingerprint, record, f"{record['summary']} (from another run)")
         with self._recording(name, fingerprint, total, unit) as started:
             output, summary = work()
             seconds = time.monotonic() - started
             self.run.finish_stage(name, fingerprint, output, summary, seconds)
         self.events.emit("stage_finished", stage=name, summary=summary, seconds=seconds)
+        return output
+
+    def _reused(self, name: str, fingerprint: str, record: dict[str, Any], summary: str) -> dict[str, Any]:
+        self.run.note_stage(name, fingerprint, "reused", summary, 0.0)
+        self.events.emit("stage_reused", stage=name, summary=summary)
+        output: dict[str, Any] = record["output"]
         return output
 
     @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +19,13 @@ import pytest
 from tests.end_to_end.desk import Desk
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+BOTH_JOINED = """
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+while sum(node["Alive"] for node in ray.nodes()) < 2:
+    time.sleep(0.2)
+"""
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -33,7 +42,19 @@ def listening(port: int) -> bool:
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
     command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def end(node: subprocess.Popen[bytes]) -> None:
+    """Ends a node and every process it started; they are a session of their own."""
+    node.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        node.wait(timeout=10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
 
 
 @pytest.fixture
@@ -53,11 +74,12 @@ def address() -> Iterator[str]:
     try:
         wait(lambda: listening(port), "the head")
         nodes.append(start(f"--address=127.0.0.1:{port}"))
+        joined = [sys.executable, "-c", BOTH_JOINED, f"127.0.0.1:{port}"]
+        subprocess.run(joined, check=True, timeout=120, capture_output=True)
         yield f"127.0.0.1:{port}"
     finally:
         for node in reversed(nodes):
-            node.terminate()
-            node.wait(timeout=30)
+            end(node)
         shutil.rmtree(folder, ignore_errors=True)
 
 
