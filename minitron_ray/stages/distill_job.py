@@ -14,7 +14,6 @@ from minitron_ray.distillation.checkpoints import Checkpoints, whole_weights
 from minitron_ray.distillation.loop import Recipe, Share, Step, make_optimizer, train
 from minitron_ray.distillation.sharding import shard
 from minitron_ray.distillation.teacher import OnlineTeacher
-from minitron_ray.evaluation.measure import measure
 from minitron_ray.execution.train_group import Worker
 from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import distilled_tokens, steps
@@ -103,7 +102,7 @@ class _Distillation:
         return last
 
     def _record(self, step: Step, validate: bool) -> None:
-        val_loss = self._validate() if validate else None
+        val_loss = self._job.setting.measure(self._student, self._share).loss if validate else None
         self._rows.append(
             {
                 "candidate_id": self._job.candidate.id,
@@ -136,21 +135,6 @@ class _Distillation:
             self._job.store.append("steps", self._rows, writer=writer, sequence=self._rows[0]["step"])
         self._rows = []
         self._checkpoints.save(step, self._student, self._optimizer)
-
-    def _validate(self) -> float:
-        sequences, indices = self._job.setting.validation()
-        share = self._share
-        measured = measure(
-            self._student,
-            sequences,
-            indices,
-            dtype=share.dtype,
-            device=share.device,
-            batch=share.micro_batch,
-            rank=share.rank,
-            world=share.world,
-        )
-        return measured.loss
 
     def _finish(self) -> None:
         weights = whole_weights(self._student)

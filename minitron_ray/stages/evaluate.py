@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from minitron_ray.distillation.teacher import TeacherSignal
-from minitron_ray.evaluation.measure import Measurement, measure
+from minitron_ray.evaluation.measure import Measurement
 from minitron_ray.plan import distilled_tokens
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.setting import Setting
@@ -57,7 +57,7 @@ def measure_all(
 ) -> dict[str, Measurement]:
     """In a worker: measure the teacher, then every student against it."""
     share = setting.share()
-    sequences, indices = setting.validation()
+    sequences = setting.splits.validation
     teacher: TeacherSignal = (
         setting.stored_teacher(Path(signal), share) if signal else setting.online_teacher(share)
     )
@@ -66,15 +66,10 @@ def measure_all(
 
     def one(subject: Headless) -> Measurement:
         done = len(sequences) * len(measured)
-        return measure(
+        return setting.measure(
             subject,
-            sequences,
-            indices,
-            dtype=share.dtype,
-            device=share.device,
-            batch=share.micro_batch,
-            teacher_hidden=teacher.hidden,
-            teacher_head=teacher.head,
+            share,
+            teacher,
             progress=lambda n: report(
                 "stage_progress", stage="evaluate", done=done + n, total=total, unit="sequences"
             ),

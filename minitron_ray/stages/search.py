@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron_ray.core.errors import MinitronError
 from minitron_ray.execution.tune_search import KnownTrial, SearchRequest, run_search
-from minitron_ray.plan import Plan
+from minitron_ray.plan import Plan, tokens_seen
 from minitron_ray.results.store import Store
 from minitron_ray.search.proposals import ShapeProposals
 from minitron_ray.stages.context import Context
@@ -126,6 +126,8 @@ class Record:
             **self._shape(candidate_id),
         }
         rows.append(row)
+        experiment = self._plan.experiment
+        retrain = experiment.search.retrain
         store, phase = self._context.run.store, "search" if row["tokens"] else "cut"
         first = self._context.ready.setting.splits.validation.start
         losses = [
@@ -144,7 +146,7 @@ class Record:
             "trial_progress",
             candidate_id=candidate_id,
             tokens=row["tokens"],
-            total_tokens=self._plan.experiment.search.retrain.tokens,
+            total_tokens=tokens_seen(retrain.tokens, retrain.batch, experiment.data.sequence_length),
             val_loss=row["val_loss"],
         )
 

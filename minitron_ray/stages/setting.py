@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from minitron_ray.data.tokens import TokenStore
 from minitron_ray.distillation.loop import Data, Recipe, Share
 from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.schedule import Schedule
-from minitron_ray.distillation.teacher import OnlineTeacher, StoredTeacher
+from minitron_ray.distillation.teacher import OnlineTeacher, StoredTeacher, TeacherSignal
+from minitron_ray.evaluation.measure import Measurement, measure
 from minitron_ray.experiment import Experiment, Optimization
 from minitron_ray.importance.scores import Scores
 from minitron_ray.models.architecture import Architecture
@@ -115,6 +116,25 @@ class Setting:
     def training_data(self, batch: int) -> Data:
         return Data(batch=lambda step: self.training_indices(step, batch), sequences=self.tokens().sequences)
 
-    def validation(self) -> tuple[np.ndarray, Sequence[int]]:
-        """The validation sequences, int64 (n, tokens), and their indices."""
-        return self.tokens().sequences(np.asarray(self.splits.validation)), list(self.splits.validation)
+    def measure(
+        self,
+        subject: Headless,
+        share: Share,
+        teacher: TeacherSignal | None = None,
+        progress: Callable[[int], None] = lambda sequences: None,
+    ) -> Measurement:
+        """`subject` on the validation sequences, against `teacher` where one is given."""
+        indices = list(self.splits.validation)
+        return measure(
+            subject,
+            self.tokens().sequences(np.asarray(indices)),
+            indices,
+            dtype=share.dtype,
+            device=share.device,
+            batch=share.micro_batch,
+            teacher_hidden=teacher.hidden if teacher else None,
+            teacher_head=teacher.head if teacher else None,
+            rank=share.rank,
+            world=share.world,
+            progress=progress,
+        )

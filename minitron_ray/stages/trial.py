@@ -13,12 +13,10 @@ import torch
 
 from minitron_ray.distillation.loop import make_optimizer, train
 from minitron_ray.distillation.teacher import TeacherSignal
-from minitron_ray.evaluation.measure import Measurement, measure
 from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import steps
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.setting import Setting
-from minitron_ray.weights.headless import Headless
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +48,10 @@ class Objective:
         )
         recipe = setting.recipe(retrain, retrain.tokens, retrain.loss)
         rungs = rung_steps(setting)
+        total = recipe.steps * recipe.batch * recipe.sequence_length
 
         def rung(tokens: int, train_loss: float | None, final: bool) -> None:
-            measured = self._measure(student, teacher)
+            measured = setting.measure(student, share, teacher)
             report_rung(
                 {
                     "tokens": tokens,
@@ -75,7 +74,7 @@ class Objective:
                 "trial_progress",
                 candidate_id=candidate_id,
                 tokens=step.tokens,
-                total_tokens=retrain.tokens,
+                total_tokens=total,
                 train_loss=step.loss,
                 tokens_per_second=step.tokens_per_second,
             )
@@ -84,20 +83,6 @@ class Objective:
                 losses.clear()
             if reporter.stop_requested():
                 return
-
-    def _measure(self, student: Headless, teacher: TeacherSignal) -> Measurement:
-        share = self.setting.share()
-        sequences, indices = self.setting.validation()
-        return measure(
-            student,
-            sequences,
-            indices,
-            dtype=share.dtype,
-            device=share.device,
-            batch=share.micro_batch,
-            teacher_hidden=teacher.hidden,
-            teacher_head=teacher.head,
-        )
 
 
 def rung_steps(setting: Setting) -> tuple[int, ...]:
