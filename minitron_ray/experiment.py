@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from minitron_ray.core.kinds import Section, one_of
+from minitron_ray.core.kinds import Section, missing_choice, one_of
 from minitron_ray.core.units import Choices, Count, CountRange, Fraction, SequenceCount, TokenCount
 from minitron_ray.data import DataSource
 from minitron_ray.distillation import Loss
@@ -21,6 +22,7 @@ from minitron_ray.importance.depth.block_importance import BlockImportance
 from minitron_ray.importance.width.activation import Activation
 from minitron_ray.search import Sampler
 from minitron_ray.search.samplers.tpe import TPE
+from minitron_ray.search.selection import CutRules
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
@@ -60,6 +62,40 @@ class Data(Section):
     validation: SequenceCount = 32
 
 
+def _one_size(value: Any) -> Any:
+    if isinstance(value, list | dict) or (isinstance(value, str) and ".." in value):
+        hint = "; to choose among several give budget and search instead of shape"
+        raise PydanticCustomError("unit_shape", "", {"expected": "one size", "hint": hint})
+    return value
+
+
+Size = Annotated[int, Field(ge=1), BeforeValidator(_one_size, json_schema_input_type=int)]
+
+
+class Shape(Section):
+    """A student's sizes, given instead of searched; an axis that is not named keeps the teacher's size."""
+
+    layers: Size | None = None
+    hidden: Size | None = None
+    heads: Size | None = None
+    kv_heads: Size | None = None
+    """KV groups. Where every head has its own, they follow `heads`."""
+    mlp: Size | None = None
+    experts: Size | None = None
+    expert_mlp: Size | None = None
+
+    @model_validator(mode="after")
+    def _something_to_cut(self) -> Self:
+        if not self.sizes:
+            raise ValueError(f"name at least one axis: {', '.join(type(self).model_fields)}")
+        return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The axes that are named."""
+        return {axis: size for axis in type(self).model_fields if (size := getattr(self, axis)) is not None}
+
+
 class Budget(Section):
     """How many parameters a student may have: a centre with a tolerance, or a range."""
 
@@ -74,6 +110,33 @@ class Importance(Section):
 
     width: WidthMetric = Activation()
     depth: DepthMetric = BlockImportance()
+    iterations: Annotated[int, Field(ge=1, le=64)] = 1
+    """Rounds of width importance (paper §1.6): each scores what is left and drops a part of what the
+    smallest student lacks. The paper found no gain over one round after retraining."""
+
+    @model_validator(mode="after")
+    def _one_path_to_follow(self) -> Self:
+        if self.iterations > 1 and len(self.width.labels) > 1:
+            raise ValueError(
+                f"iterations is {self.iterations}, but rounds follow one metric and width.gather is all; "
+                f"set gather to chosen, or iterations to 1"
+            )
+        return self
+
+    @property
+    def width_label(self) -> str:
+        """What the table calls the scores that units are ranked by."""
+        label: str = self.width.label
+        return label if self.iterations == 1 else f"{label}, {self.iterations} rounds"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the table: experiments of equal identity share one measurement."""
+        return {
+            "width": self.width.identity,
+            "depth": self.depth.identity,
+            "iterations": self.iterations,
+        }
 
 
 class Space(Section):
@@ -82,12 +145,19 @@ class Space(Section):
     layers: Choices | None = None
     hidden: Choices | None = None
     heads: Choices | None = None
+    kv_heads: Choices | None = None
+    """KV groups. Where they are not named, they are the teacher's, or follow `heads` where every head
+    has its own; where `heads` are not, a student keeps all heads of its groups (cut.kv_groups: drop)."""
     mlp: Choices | None = None
+    experts: Choices | None = None
+    expert_mlp: Choices | None = None
+    """MLP size of each expert."""
 
     @model_validator(mode="after")
     def _something_to_search(self) -> Self:
-        if all(value is None for value in (self.layers, self.hidden, self.heads, self.mlp)):
-            raise ValueError("name at least one axis: layers, hidden, heads or mlp")
+        axes = type(self).model_fields
+        if all(getattr(self, axis) is None for axis in axes):
+            raise ValueError(f"name at least one axis: {', '.join(axes)}")
         return self
 
 
@@ -154,13 +224,24 @@ class Distill(Optimization):
 
 
 class Export(Section):
-    """The Hugging Face directory of each distilled student."""
+    """The Hugging Face directory of each student."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    as_type: str | None = Field(default=None, alias="as")
+    """Another model type that computes the identical function and admits more shapes (a llama as
+    mistral). The teacher is taken as one throughout, after its logits are proven equal."""
 
 
 class Experiment(Section):
-    """One experiment, from teacher to ranked students."""
+    """One experiment, from teacher to ranked students.
+
+    The student's shape is either given (`shape`) or looked for (`budget` and `search`). Without
+    `distill` a given shape ends as the cut, and a search with its ranking.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["shape"]}, {"required": ["budget", "search"]}]}
+    )
 
     name: Name
     seed: Annotated[int, Field(ge=0)] = 0
@@ -169,11 +250,41 @@ class Experiment(Section):
     bfloat16 where the device computes it natively."""
     teacher: Teacher
     data: Data
-    budget: Budget
+    shape: Shape | None = None
+    budget: Budget | None = None
     importance: Importance = Importance()
-    search: Search
-    distill: Distill
+    cut: CutRules = CutRules()
+    search: Search | None = None
+    distill: Distill | None = None
     export: Export = Export()
+
+    @field_validator("budget", "search")
+    @classmethod
+    def _one_way_to_a_shape(cls, value: Any, info: ValidationInfo) -> Any:
+        """At the section that is one too many, or missing. Sections with mistakes of their own are not judged."""
+        if "shape" not in info.data:
+            return value
+        shape, name = info.data["shape"], info.field_name
+        if shape is not None and value is not None:
+            raise ValueError(
+                f"the experiment gives a fixed shape and a {name}; remove shape to search, or remove budget "
+                f"and search to keep the shape"
+            )
+        if shape is None and value is None and name == "budget":
+            raise missing_choice(
+                "give budget and search to look for the best shape, or shape to fix one", "shape"
+            )
+        if shape is None and value is None and info.data.get("budget") is not None:
+            raise missing_choice(
+                "a budget needs a search (search.space says where to look); or replace budget by shape"
+            )
+        return value
+
+    @property
+    def searched(self) -> Search:
+        """The search of an experiment that has one."""
+        assert self.search is not None
+        return self.search
 
 
 __all__ = ["Experiment", "one_of"]

@@ -3,10 +3,12 @@
 import click
 
 from minitron_ray import __version__
+from minitron_ray.cli.ablation import ablation
 from minitron_ray.cli.doctor import doctor
 from minitron_ray.cli.group import CommandLine
 from minitron_ray.cli.init import init
 from minitron_ray.cli.plan import plan
+from minitron_ray.cli.prune import prune
 from minitron_ray.cli.query import query
 from minitron_ray.cli.report import report
 from minitron_ray.cli.run import run
@@ -21,5 +23,5 @@ def main() -> None:
     """Make a small language model out of a big one, from one YAML file."""
 
 
-for _command in (init, validate, plan, run, report, query, runs, doctor, schema):
+for _command in (init, validate, plan, run, ablation, prune, report, query, runs, doctor, schema):
     main.add_command(_command)

@@ -15,24 +15,26 @@ from typing import Any
 
 import click
 
-from minitron_ray.core.errors import Interrupted
+from minitron_ray.ablation import is_ablation
+from minitron_ray.core.errors import ConfigError, Interrupted
 from minitron_ray.core.events import EventBus
 from minitron_ray.core.loading import load
 from minitron_ray.execution.ray_start import check_reachable, cluster_address
 from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.execution.stop import StopSignal
 from minitron_ray.experiment import Experiment
-from minitron_ray.plan import given_config, make_plan
+from minitron_ray.plan import make_plan, run_fingerprint, stages_of
 from minitron_ray.results.cache import Cache
 from minitron_ray.results.run import Run
 from minitron_ray.results.runs import resolve_run
+from minitron_ray.weights.fetch import given_config
 
 _PACKAGES = ("minitron-ray", "torch", "transformers", "ray", "optuna", "pyarrow", "safetensors", "numpy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A checked experiment file."""
+    """A checked experiment file. `base` is the folder that its paths are relative to."""
 
     experiment: Experiment
     base: Path
@@ -44,13 +46,27 @@ def read_experiments(paths: Iterable[Path], overrides: tuple[str, ...]) -> list[
     """All files, before any of them is run. Raises ConfigError."""
     loaded = []
     for path in paths:
+        if is_ablation(path):
+            raise ConfigError(f"{path}: an ablation file; run it with: minitron-ray ablation {path}")
         experiment, document = load(path, Experiment, overrides)
-        base = path.resolve().parent
-        config = given_config(experiment, base)
-        if config is not None:
-            make_plan(experiment, config)  # a budget out of reach is said before anything is fetched
-        loaded.append(Loaded(experiment=experiment, base=base, source=document.source, overrides=overrides))
+        loaded.append(
+            Loaded(
+                experiment=experiment,
+                base=path.resolve().parent,
+                source=document.source,
+                overrides=overrides,
+            )
+        )
+        check_plan(loaded[-1])
     return loaded
+
+
+def check_plan(loaded: Loaded) -> None:
+    """Plans for the teacher that the experiment describes, so that a budget out of reach is said before
+    anything is fetched. Raises ConfigError."""
+    config = given_config(loaded.experiment.teacher.config, loaded.base)
+    if config is not None:
+        make_plan(loaded.experiment, config)
 
 
 def cluster_settings(path: Path | None, address: str | None) -> ClusterSettings:
@@ -61,25 +77,29 @@ def cluster_settings(path: Path | None, address: str | None) -> ClusterSettings:
 
 def launch(loaded: Loaded, results: Path, settings: ClusterSettings, *, quiet: bool, as_json: bool) -> None:
     """Prepares, opens (or resumes) the run, drives it with a live view on stderr, and prints the ranking."""
-    results = results.expanduser().resolve()
-    run = _drive(loaded, results, settings, quiet)
-    _show(results, run, as_json)
+    run = drive(loaded, results, settings, quiet=quiet)
+    _show(results.expanduser().resolve(), run, as_json)
 
 
-def _drive(loaded: Loaded, results: Path, settings: ClusterSettings, quiet: bool) -> Run:
+def drive(loaded: Loaded, results: Path, settings: ClusterSettings, *, quiet: bool) -> Run:
+    """Prepares, opens (or resumes) the run and drives it to its end, with a live view on stderr.
+
+    Raises what a stage raised; Interrupted when the user asked to stop.
+    """
     from minitron_ray.execution.cluster import Cluster
-    from minitron_ray.pipeline import execute, plan_for, run_fingerprint
+    from minitron_ray.pipeline import execute, plan_for
     from minitron_ray.report.live import open_view
     from minitron_ray.stages.context import Context
     from minitron_ray.stages.prepare import prepare
 
+    results = results.expanduser().resolve()
     experiment, cache, events = loaded.experiment, Cache(results), EventBus()
     stop = StopSignal(
         lambda: events.emit("note", text="stopping at the next safe point; Ctrl-C again to abort")
     )
     try:
         with ExitStack() as stack:
-            events.add(stack.enter_context(open_view(sys.stderr, quiet=quiet)))
+            events.add(stack.enter_context(open_view(sys.stderr, quiet=quiet, stages=stages_of(experiment))))
             stack.enter_context(stop.installed())
             if address := cluster_address(settings):
                 check_reachable(address)  # before anything is fetched
@@ -88,10 +108,11 @@ def _drive(loaded: Loaded, results: Path, settings: ClusterSettings, quiet: bool
             run = Run.open(
                 results,
                 experiment.name,
-                run_fingerprint(plan, ready),
+                run_fingerprint(plan, ready.inputs),
                 source=loaded.source,
                 resolved=experiment.model_dump(mode="json"),
                 environment=environment(loaded.overrides),
+                stages=plan.stages,
             )
             stack.enter_context(run.lock())
             events.add(run.log_event)

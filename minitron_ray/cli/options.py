@@ -31,6 +31,19 @@ set_option = click.option(
 )
 """`overrides: tuple[str, ...]`, each `a.b=c`."""
 
+address_option = click.option(
+    "--address", help="host:port of a running Ray cluster (default: RAY_ADDRESS, else start Ray here)."
+)
+"""`address: str | None`."""
+
+cluster_option = click.option(
+    "--cluster",
+    "cluster_file",
+    type=click.Path(path_type=Path),
+    help="A file of cluster/: where to run, how wide.",
+)
+"""`cluster_file: Path | None`."""
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 """`as_json: bool`."""
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from minitron_ray.cli.options import (
+    address_option,
+    cluster_option,
     experiments_argument,
     json_option,
     quiet_option,
@@ -19,15 +21,8 @@ from minitron_ray.cli.options import (
 @experiments_argument
 @results_option
 @set_option
-@click.option(
-    "--address", help="host:port of a running Ray cluster (default: RAY_ADDRESS, else start Ray here)."
-)
-@click.option(
-    "--cluster",
-    "cluster_file",
-    type=click.Path(path_type=Path),
-    help="A file of cluster/: where to run, how wide.",
-)
+@address_option
+@cluster_option
 @quiet_option
 @json_option
 def run(

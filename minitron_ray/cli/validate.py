@@ -16,7 +16,7 @@ from minitron_ray.core.errors import ConfigError
 @set_option
 @json_option
 def validate(experiments: tuple[Path, ...], overrides: tuple[str, ...], as_json: bool) -> None:
-    """Check experiment files; nothing is fetched or run.
+    """Check experiment and ablation files; nothing is fetched or run.
 
     Prints one line a mistake on stderr, FILE:LINE:COLUMN: KEY: PROBLEM, and ends with 2 if there is one.
     """
@@ -37,13 +37,19 @@ def validate(experiments: tuple[Path, ...], overrides: tuple[str, ...], as_json:
 
 
 def _report(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    from minitron_ray.ablation import check_ablation, is_ablation
     from minitron_ray.core.loading import check
     from minitron_ray.core.yaml import dotted
     from minitron_ray.experiment import Experiment
 
     report: dict[str, Any] = {"file": str(path), "ok": True, "problems": [], "text": ""}
     try:
-        problems = check(path, Experiment, overrides).problems
+        if is_ablation(path):
+            if overrides:
+                raise ConfigError(f"--set {overrides[0]}: {path} is an ablation file; edit its base instead")
+            problems = check_ablation(path)[1]
+        else:
+            problems = check(path, Experiment, overrides).problems
     except ConfigError as error:  # nothing to point at: no such file, not YAML
         return report | {"ok": False, "problems": [_unreadable(error, path)], "text": error.message}
     if not problems:

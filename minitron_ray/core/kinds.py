@@ -9,29 +9,46 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Collection
 from typing import Annotated, Any, Union
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
     """A part of an experiment file: immutable, and refusing keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, serialize_by_alias=True)
+
+
+def missing_choice(problem: str, *others: str) -> PydanticCustomError:
+    """Raised by the validator of a key that may be left out only where one of `others` is given."""
+    return PydanticCustomError("missing_choice", "{problem}", {"problem": problem, "others": list(others)})
+
+
+def keys(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The keys that a section has in a file: its fields, by alias where a field has one."""
+    return {item.alias or name: item for name, item in section.model_fields.items()}
 
 
 class Plugin(Section):
     """A section chosen by its `kind:`. Subclasses declare `kind: Literal["<file name>"]`."""
 
 
-def plugins(package: str) -> dict[str, type[Plugin]]:
+def plugins(package: str, without: Collection[str] = ()) -> dict[str, type[Plugin]]:
     """The plug-ins of a folder, by kind (= file name), in alphabetical order.
 
-    Raises TypeError where a file does not hold exactly one plug-in that carries the file's name.
+    `without` names kinds that are left out and not imported: a plug-in that holds others of its own
+    folder names itself. Raises TypeError where a file does not hold exactly one plug-in that carries
+    the file's name.
     """
     found: dict[str, type[Plugin]] = {}
     folder = importlib.import_module(package)
     for info in sorted(pkgutil.iter_modules(folder.__path__), key=lambda i: i.name):
+        if info.name in without:
+            continue
         module = importlib.import_module(f"{package}.{info.name}")
         classes = [
             value
@@ -46,9 +63,9 @@ def plugins(package: str) -> dict[str, type[Plugin]]:
     return found
 
 
-def one_of(package: str) -> Any:
+def one_of(package: str, without: Collection[str] = ()) -> Any:
     """The type of a field that holds any plug-in of `package`: a union told apart by `kind`."""
-    classes = tuple(plugins(package).values())
+    classes = tuple(plugins(package, without).values())
     if len(classes) == 1:
         return classes[0]
     return Annotated[Union[classes], Field(discriminator="kind")]  # noqa: UP007 - built at run time

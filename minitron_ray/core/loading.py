@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_json
 
 from minitron_ray.core.errors import ConfigError
+from minitron_ray.core.kinds import keys
 from minitron_ray.core.overrides import apply_overrides
 from minitron_ray.core.sections import fields_named, kind_of, nearest, sections_at
 from minitron_ray.core.sentences import type_sentence, unknown_kind, value_sentence, wrong_type
@@ -46,7 +47,11 @@ def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) ->
 
 def check(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) -> Checked[Model]:
     """Like `load`, but returns the problems. Raises ConfigError only where the file can't be read at all."""
-    document = apply_overrides(Document.read(path), overrides)
+    return check_document(apply_overrides(Document.read(path), overrides), model)
+
+
+def check_document(document: Document, model: type[Model]) -> Checked[Model]:
+    """`check` of a document that is already read, or put together from several."""
     instance, problems = None, list(document.problems)
     try:
         # JSON mode: lists are tuples, and strict still means no text for numbers.
@@ -81,12 +86,17 @@ class _Explainer:
                 parent, _, mark = self._document.resolve(location[:-1])
                 where = (*parent, location[-1])
                 missing[where] = Problem(mark=mark, path=where, text=self._missing(where))
+            elif error["type"] == "missing_choice":
+                parent, _, mark = self._document.resolve(location[:-1])
+                where = (*parent, location[-1])
+                missing[where] = Problem(mark=mark, path=where, text=f"missing; {error['ctx']['problem']}")
+                missing |= {(*parent, other): missing[where] for other in error["ctx"]["others"]}
             elif error["type"] == "extra_forbidden":
                 unknown.append(path)
             else:  # branches of a union, and only they, share a place
                 values.setdefault(path, []).append(error)
         found = [self._unknown_key(path, missing) for path in unknown]
-        found += missing.values()
+        found += {id(problem): problem for problem in missing.values()}.values()
         return found + [self._wrong_value(path, group) for path, group in values.items()]
 
     def _missing(self, path: Location) -> str:
@@ -97,12 +107,14 @@ class _Explainer:
         """A key nobody asked for; takes the required key it was meant to be out of `missing`."""
         key, parent = str(path[-1]), path[:-1]
         sections = sections_at(self._model, parent, self._data)
-        known = list(dict.fromkeys(name for cls in sections for name in cls.model_fields))
+        known = list(dict.fromkeys(name for cls in sections for name in keys(cls)))
         near = nearest(key, known)
         elsewhere = fields_named(key, self._model) if key != "kind" else []
-        others = [cls for cls in sections_at(self._model, parent, None) if key in cls.model_fields]
+        others = [cls for cls in sections_at(self._model, parent, None) if key in keys(cls)]
         if near is not None and (not elsewhere or SequenceMatcher(None, key, near).ratio() >= 0.8):
-            missing.pop((*parent, near), None)
+            meant = missing.get((*parent, near))
+            for where in [where for where, problem in missing.items() if problem is meant]:
+                del missing[where]
             hint = f"did you mean '{near}'?"
         elif others:
             hint = f"only {' or '.join(f'kind {kind_of(cls)}' for cls in others)} has it"

@@ -1,4 +1,4 @@
-"""`--set a.b=c`: options that replace values of a document."""
+"""What replaces values of a document: options (`--set a.b=c`), or another tree of values (`merged`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from minitron_ray.core.errors import ConfigError
-from minitron_ray.core.yaml import Document, Mark, Node, parse
+from minitron_ray.core.yaml import Document, Mark, Node, Scalar, parse
 
 
 def apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
@@ -24,6 +24,26 @@ def apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
             raise ConfigError(f"{option}: write it as --set section.key=value")
         root = _put(root, parts, _option_value(text, option), option)
     return replace(document, root=root)
+
+
+def merged(base: Node, changes: Node) -> Node:
+    """`base` with the values of `changes` in place, section by section.
+
+    A section that names another `kind` replaces the one it meets, whose keys are not its own. What
+    `changes` touches is where `changes` says it; everything else stays where `base` says it.
+    """
+    mine, others = base.content, changes.content
+    if not (isinstance(mine, dict) and isinstance(others, dict)) or _kind(others) not in (None, _kind(mine)):
+        return changes
+    content = dict(mine)
+    for key, node in others.items():
+        content[key] = merged(mine[key], node) if key in mine else node
+    return replace(base, content=content, keys={**base.keys, **changes.keys})
+
+
+def _kind(content: dict[str, Node]) -> Scalar:
+    kind = content.get("kind")
+    return kind.text if kind is not None else None
 
 
 def _option_value(text: str, option: str) -> Node:

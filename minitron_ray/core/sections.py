@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from minitron_ray.core.kinds import keys
 from minitron_ray.core.yaml import Location
 
 
@@ -25,7 +26,7 @@ def sections_at(model: type[BaseModel], path: Location, data: Any) -> list[type[
         if isinstance(part, int):
             data = data[part] if isinstance(data, list) and part < len(data) else None
             continue
-        fields = [cls.model_fields[part] for cls in classes if part in cls.model_fields]
+        fields = [keys(cls)[part] for cls in classes if part in keys(cls)]
         data = data.get(part) if isinstance(data, dict) else None
         classes = list(dict.fromkeys(cls for item in fields for cls in _classes(item.annotation)))
         kind = data.get("kind") if isinstance(data, dict) else None
@@ -50,7 +51,7 @@ def sections_inside(model: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def _walk(model: type[BaseModel], path: Location) -> Iterator[tuple[Location, list[type[BaseModel]]]]:
-    for name, item in model.model_fields.items():
+    for name, item in keys(model).items():
         classes = list(_classes(item.annotation))
         yield (*path, name), classes
         if len(path) < 10:  # a section that holds itself would go on for ever

@@ -7,6 +7,7 @@ error (`null` has to be written), and tags, anchors and several documents are re
 from __future__ import annotations
 
 import difflib
+import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,6 +89,17 @@ def dotted(path: Iterable[str | int]) -> str:
     """`("data", "files", 0)` as `data.files[0]`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".")
+
+
+def dumped(value: Any) -> bytes:
+    """Plain data as a YAML file, keys in their order."""
+    stream = io.BytesIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # typed as None only
+    yaml.width = 100
+    yaml.dump(value, stream)
+    return stream.getvalue()
 
 
 # --- Documents ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minitron_ray.distillation.loss import DistillationLoss
-from minitron_ray.weights.vocabulary import chunks
+from minitron_ray.weights.vocabulary import capped, chunks
 
 
 class _FusedHead(torch.autograd.Function):
@@ -27,6 +27,8 @@ class _FusedHead(torch.autograd.Function):
         labels: Tensor,
         loss: DistillationLoss,
         dtype: torch.dtype,
+        softcap: float | None,
+        teacher_softcap: float | None,
     ) -> Tensor:
         training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         states, weight = hidden.to(dtype), head.to(dtype)
@@ -36,14 +38,17 @@ class _FusedHead(torch.autograd.Function):
         weight_gradient = torch.zeros_like(head, dtype=torch.float32) if training else None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in chunks(len(states), len(weight), states.device):
-                logits = (states[part] @ weight.T).float()
+                logits = capped((states[part] @ weight.T).float(), softcap)
+                # The loss may overwrite the logits.
+                slope = None if softcap is None or not training else 1 - (logits / softcap) ** 2
                 teacher_logits = None
                 if loss.needs_teacher and teacher_hidden is not None and teacher_weight is not None:
-                    teacher_logits = (teacher_hidden[part].to(dtype) @ teacher_weight.T).float()
+                    raw = (teacher_hidden[part].to(dtype) @ teacher_weight.T).float()
+                    teacher_logits = capped(raw, teacher_softcap)
                 values, gradient = loss.value_and_gradient(logits, teacher_logits, labels[part])
                 total += values.sum()
                 if states_gradient is not None and weight_gradient is not None:
-                    gradient = gradient.to(dtype)
+                    gradient = (gradient if slope is None else gradient * slope).to(dtype)
                     states_gradient[part] = gradient @ weight
                     weight_gradient += gradient.T @ states[part]
         if training:
@@ -59,7 +64,7 @@ class _FusedHead(torch.autograd.Function):
         return (
             (states_gradient * scale).to(hidden_dtype),
             (weight_gradient * scale).to(head_dtype),
-            *(None,) * 5,
+            *(None,) * 7,
         )
 
 
@@ -71,16 +76,20 @@ def fused_head_loss(
     dtype: torch.dtype,
     teacher_hidden: Tensor | None = None,
     teacher_head: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> Tensor:
     """The loss summed over the predictions of a batch, float32 scalar; differentiable by `hidden` and `head`.
 
     `hidden` (samples, tokens, hidden) and `head` (vocabulary, hidden) are the student's,
     `teacher_hidden` and `teacher_head` the teacher's (another hidden size, the same vocabulary).
-    Each sequence of T tokens has T - 1 predictions.
+    Each sequence of T tokens has T - 1 predictions. The soft caps are of either model's logits.
     """
     flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     flat_teacher = None
     if teacher_hidden is not None:
         flat_teacher = teacher_hidden[:, :-1].reshape(-1, teacher_hidden.shape[-1])
     labels = input_ids[:, 1:].reshape(-1)
-    return _FusedHead.apply(flat, head, flat_teacher, teacher_head, labels, loss, dtype)
+    return _FusedHead.apply(
+        flat, head, flat_teacher, teacher_head, labels, loss, dtype, softcap, teacher_softcap
+    )

@@ -166,6 +166,8 @@ def _accumulate(
             dtype=share.dtype,
             teacher_hidden=hidden,
             teacher_head=teacher.head if teacher and hidden is not None else None,
+            softcap=student.softcap,
+            teacher_softcap=teacher.softcap if teacher else None,
         )
         with autocast(share.device, share.dtype):
             loss = student(ids, use) * (weight / predictions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from minitron_ray.core.kinds import Plugin
 
@@ -18,7 +18,10 @@ class DistillationLoss(Plugin):
     (tokens x vocabulary) matrix outlives its chunk (see `vocabulary.py`).
     """
 
-    needs_teacher: ClassVar[bool]
+    @property
+    @abstractmethod
+    def needs_teacher(self) -> bool:
+        """Whether the teacher's logits are used; a class variable where it does not depend on the fields."""
 
     @abstractmethod
     def value_and_gradient(
@@ -29,3 +32,21 @@ class DistillationLoss(Plugin):
         `student` and `teacher` are float32 logits (tokens, vocabulary) and may be overwritten;
         `teacher` is None where `needs_teacher` is false; `labels` are the next tokens, int64 (tokens,).
         """
+
+    def divided(
+        self, student: Tensor, teacher: Tensor | None, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Both models' logits over the temperature. Raises ValueError where there is no teacher."""
+        if teacher is None:
+            raise ValueError(f"{self.kind} needs the teacher's logits")  # type: ignore[attr-defined]
+        return (student, teacher) if temperature == 1.0 else (student / temperature, teacher / temperature)
+
+
+def by_logits(probabilities: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+    """A gradient by softmax(logits / temperature) as a gradient by the logits; overwrites `gradient`.
+
+    Both are (tokens, vocabulary). A constant added to a row of `gradient` changes nothing.
+    """
+    gradient = gradient.mul_(probabilities)
+    gradient.addcmul_(probabilities, gradient.sum(-1, keepdim=True), value=-1.0)
+    return gradient if temperature == 1.0 else gradient.div_(temperature)

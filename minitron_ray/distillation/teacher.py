@@ -20,10 +20,14 @@ from minitron_ray.weights.headless import Headless, final_hidden
 
 
 class TeacherSignal(Protocol):
-    """What the student learns from. `head` is the LM head's weight, (vocabulary, hidden)."""
+    """What the student learns from. `head` is the LM head's weight, (vocabulary, hidden), `softcap` the soft
+    cap of its logits."""
 
     @property
     def head(self) -> Tensor: ...
+
+    @property
+    def softcap(self) -> float | None: ...
 
     def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
         """Final hidden states (samples, tokens, hidden) of the sequences with these indices and tokens."""
@@ -42,16 +46,20 @@ class OnlineTeacher:
     def head(self) -> Tensor:
         return self._head
 
+    @property
+    def softcap(self) -> float | None:
+        return self._model.softcap
+
     @torch.no_grad()
     def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
         return self._model(input_ids, final_hidden)
 
 
 class StoredTeacher:
-    """Reads what `store_hidden` wrote, memory-mapped. `head` comes from the teacher's checkpoint."""
+    """Reads what `store_hidden` wrote, memory-mapped. `head` and `softcap` come from the teacher's checkpoint."""
 
-    def __init__(self, folder: Path, head: Tensor) -> None:
-        self._head = head
+    def __init__(self, folder: Path, head: Tensor, softcap: float | None = None) -> None:
+        self._head, self._softcap = head, softcap
         self._rows = {int(index): row for row, index in enumerate(np.load(folder / "indices.npy"))}
         self._bits = np.load(folder / "hidden.npy", mmap_mode="r")
         self._dtype = getattr(torch, json.loads((folder / "signal.json").read_text())["dtype"])
@@ -59,6 +67,10 @@ class StoredTeacher:
     @property
     def head(self) -> Tensor:
         return self._head
+
+    @property
+    def softcap(self) -> float | None:
+        return self._softcap
 
     def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
         rows = self._bits[[self._rows[int(index)] for index in indices]]

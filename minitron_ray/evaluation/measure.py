@@ -53,7 +53,7 @@ def _standard_error(values: NDArray) -> float:
 
 
 def measure(
-    subject: Headless,
+    subject: Headless | None,
     sequences: NDArray,
     indices: Sequence[int],
     *,
@@ -62,16 +62,19 @@ def measure(
     batch: int,
     teacher_hidden: Callable[[Sequence[int], Tensor], Tensor] | None = None,
     teacher_head: Tensor | None = None,
+    teacher_softcap: float | None = None,
     rank: int = 0,
     world: int = 1,
     progress: Callable[[int], None] = lambda sequences: None,
 ) -> Measurement:
-    """Measure `subject` on `sequences`, int64 (n, tokens), named `indices` to the teacher.
+    """Measure `subject` on `sequences`, int64 (n, tokens), named `indices` to the teacher; where it is
+    None, the teacher itself by what it gives for `teacher_hidden`.
 
     With `world` > 1 every rank must call; each takes its share, and all get the whole result.
     """
-    was_training = subject.training
-    subject.eval()
+    was_training = subject is not None and subject.training
+    if subject is not None:
+        subject.eval()
     share = -(-len(sequences) // world)
     result = torch.zeros(2, len(sequences), dtype=torch.float64)
     first = min(rank * share, len(sequences))
@@ -86,10 +89,20 @@ def measure(
         if teacher_hidden is not None:
             hidden = teacher_hidden([int(i) for i in indices[rows.start : rows.stop]], ids)
         use = partial(
-            sequence_scores, input_ids=ids, teacher_hidden=hidden, teacher_head=teacher_head, dtype=dtype
+            sequence_scores,
+            input_ids=ids,
+            teacher_hidden=hidden,
+            teacher_head=teacher_head,
+            dtype=dtype,
+            softcap=teacher_softcap if subject is None else subject.softcap,
+            teacher_softcap=teacher_softcap,
         )
         with torch.no_grad(), autocast(device, dtype):
-            losses, divergences = subject(ids, use)
+            if subject is None:
+                assert hidden is not None and teacher_head is not None
+                losses, divergences = use(hidden, teacher_head)
+            else:
+                losses, divergences = subject(ids, use)
         if start < stop:
             result[0, start:stop] = losses
             if divergences is not None:
@@ -99,7 +112,8 @@ def measure(
         shared = result.to(device)
         dist.all_reduce(shared)
         result = shared.cpu()
-    subject.train(was_training)
+    if subject is not None:
+        subject.train(was_training)
     return Measurement(
         losses=result[0].numpy(), divergences=None if teacher_hidden is None else result[1].numpy()
     )

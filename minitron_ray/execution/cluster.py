@@ -1,9 +1,9 @@
-"""`Cluster`: three ways of calling a function on Ray: once, for many trials, by a group of workers."""
+"""`Cluster`: ways of calling a function on Ray: once, on many parts, for many trials, by a group of workers."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +13,9 @@ from minitron_ray.core.events import EventBus
 from minitron_ray.execution.ray_start import cluster_address, keep_logs, link_logs, start_ray
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
+
+_RETRIES = 2
+"""Of a task whose worker is lost."""
 
 
 class Cluster:
@@ -107,25 +110,53 @@ class Cluster:
 
         Raises what the function raised; Interrupted when the user asked to stop meanwhile.
         """
+        hub = self.hub
+        node = max(_nodes(), key=lambda resources: (resources.get("GPU", 0) > 0, resources.get("CPU", 0)))
+        all_of_it = Resources(cpus=int(node.get("CPU", 1)), gpus=min(1, int(node.get("GPU", 0))))
+        [result] = self._run(function, [(*arguments, hub.reporter())], all_of_it, at_once=1)
+        return result
+
+    def map(self, function: Callable[..., Any], parts: Sequence[Any], *arguments: Any) -> list[Any]:
+        """`function(part, *arguments, report)` for every part, results in the order of `parts`; as many at
+        a time as there are workers, each with what a worker reserves.
+
+        A part whose worker is lost is done again by another. Progress that the parts report is added up.
+        Raises what the first to fail raised, and Interrupted on a stop; no other part goes on then.
+        """
+        reporters = self.hub.part_reporters(len(parts))
+        calls = [(part, *arguments, report) for part, report in zip(parts, reporters, strict=True)]
+        return self._run(function, calls, self.worker(), at_once=self.workers())
+
+    def _run(
+        self, function: Callable[..., Any], calls: list[tuple[Any, ...]], each: Resources, at_once: int
+    ) -> list[Any]:
+        """The results of the calls, each a task that reserves `each`; none goes on when one fails."""
         import ray
 
         from minitron_ray.execution.threads import with_threads
 
-        hub = self.hub
-        node = max(_nodes(), key=lambda resources: (resources.get("GPU", 0) > 0, resources.get("CPU", 0)))
-        cpus, gpus = int(node.get("CPU", 1)), min(1, int(node.get("GPU", 0)))
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(with_threads)
-        task = remote.remote(cpus, function, *arguments, hub.reporter())
-        while not ray.wait([task], timeout=0.5)[0]:
-            if self.stop.requested:
-                ray.cancel(task, force=True)
-                raise Interrupted("stopped by request")
+        remote = ray.remote(num_cpus=each.cpus, num_gpus=each.gpus, max_retries=_RETRIES)(with_threads)
+        results: list[Any] = [None] * len(calls)
+        waiting = list(enumerate(calls))[::-1]
+        running: dict[Any, int] = {}
         try:
-            return ray.get(task)
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    number, arguments = waiting.pop()
+                    running[remote.remote(each.cpus, function, *arguments)] = number
+                for task in ray.wait(list(running), timeout=0.5)[0]:
+                    results[running[task]] = ray.get(task)
+                    del running[task]
+                if (waiting or running) and self.stop.requested:
+                    raise Interrupted("stopped by request")
         except ray.exceptions.RayTaskError as error:
             raise root_cause(error) from error
         except ray.exceptions.RayError as error:
             raise MinitronError(f"a worker was lost: {str(error).splitlines()[0]}") from error
+        finally:
+            for task in running:
+                ray.cancel(task, force=True)
+        return results
 
     def _total(self, resource: str) -> float:
         import ray

@@ -39,8 +39,10 @@ class _Mailbox:
 class Reporter:
     """A worker's end, pickled into workers. Progress that comes too fast is dropped, nothing else is."""
 
-    def __init__(self, mailbox: ActorHandle) -> None:
+    def __init__(self, mailbox: ActorHandle, part: tuple[int, int] | None = None) -> None:
+        """`part` says of which piece of work this is which part."""
         self._mailbox = mailbox
+        self._part = part
         self._last_push = 0.0
         self._stop = False
 
@@ -48,7 +50,8 @@ class Reporter:
         """Tell the driver; progress only if it was told nothing for a quarter of a second."""
         told_just_now = time.monotonic() - self._last_push < _PUSH_INTERVAL_S
         if not (kind.endswith("_progress") and told_just_now):
-            self._push([(kind, fields)])
+            of_part = self._part is not None and kind.endswith("_progress")
+            self._push([(kind, fields | ({"part": self._part} if of_part else {}))])
 
     def stop_requested(self) -> bool:
         """Whether the user asked to stop, as of a quarter of a second ago."""
@@ -68,12 +71,21 @@ class Hub:
         actor = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(_Mailbox)
         self._mailbox = actor.remote()
         self._emit = emit
+        self._work = 0
+        self._done: dict[int, int] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._drain, name="hub", daemon=True)
         self._thread.start()
 
     def reporter(self) -> Reporter:
         return Reporter(self._mailbox)
+
+    def part_reporters(self, parts: int) -> list[Reporter]:
+        """For those who each do a part of one piece of work: their progress is added up. What parts of
+        earlier work still have to say of their progress is dropped."""
+        self._work += 1
+        self._done = {}
+        return [Reporter(self._mailbox, (self._work, number)) for number in range(parts)]
 
     def request_stop(self) -> None:
         self._mailbox.request_stop.remote()
@@ -91,4 +103,10 @@ class Hub:
             except ray.exceptions.RayError:
                 return  # the cluster is gone; the call that runs on it says so
             for kind, fields in events:
+                if part := fields.pop("part", None):
+                    work, number = part
+                    if work != self._work:
+                        continue
+                    self._done[number] = fields["done"]
+                    fields["done"] = sum(self._done.values())
                 self._emit(kind, **fields)

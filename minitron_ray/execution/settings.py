@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -33,6 +33,9 @@ class ClusterSettings(Section):
     """Sequences a forward pass; the optimizer's batch is made of as many passes as it needs."""
     storage: str | None = None
     """Folder that every node sees, for Ray's own state; null: inside the run folder."""
+    importance: Literal["auto", "resident", "streamed"] = "auto"
+    """How a teacher is scored: `resident` has its weights in each worker's memory, `streamed` those of
+    one layer at a time. `auto` streams where the weights would take more than 60 % of what is free."""
 
     @model_validator(mode="after")
     def _a_trial_is_one_process(self) -> Self:

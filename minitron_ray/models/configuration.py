@@ -8,7 +8,8 @@ name unless it is null or has the value that switches it off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
@@ -79,41 +80,73 @@ class Attributes:
 
     carried: frozenset[str]
     """Attributes that change the function but no shape."""
+    sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)
+    """Axis to attribute, for the sizes that a config states."""
+    flags: Mapping[str, str] = field(default_factory=lambda: FLAGS)
+    """Flag to attribute, for the flags that this family has."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What stock transformers takes for an attribute that is absent; null is null."""
+    required_values: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes that the table supports with this one value only; absent is this value too."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Names in old configs, which stock transformers no longer reads, to the names it does."""
     kv_heads_written: bool = False
     """Whether `num_key_value_heads` must be there: without it stock transformers cannot build the model."""
+    derives_heads: bool = False
+    """Neither `head_dim` nor `num_key_value_heads` is an attribute: head_dim is hidden / heads, and every
+    head has keys and values of its own."""
+    mlp_of_hidden: int | None = None
+    """Where the MLP's size may be absent: so many times the hidden size."""
+    layer_types: Callable[[Mapping[str, Any]], list[str]] | None = None
+    """The list that stock transformers makes up where `layer_types` is absent, out of layers' numbers: it
+    is written out, so that a student's layers keep the types they were trained with."""
+
+    checks_rotary_factors: bool = False
+    """Whether stock transformers counts LongRoPE's factors against hidden / heads, whatever head_dim is."""
 
     def read(self, config: Mapping[str, Any], model_type: str, causal_lm: str) -> Architecture:
         """The architecture that `config` states. Raises ConfigError, see `Family.read`."""
         config = self._renamed(config)
         _refuse_foreign(config, causal_lm)
         self._refuse_unknown(config, model_type)
-        sizes = {axis: _size(config, name) for axis, name in SIZES.items()}
-        flags = {flag: _flag(config, name) for flag, name in FLAGS.items()}
+        config = {n: value for n, value in {**self.defaults, **config}.items() if value is not None}
         if config.get("num_key_value_heads") is None and self.kv_heads_written:
             raise ConfigError(
                 f"the model's config has no num_key_value_heads, which {model_type} needs written out "
                 f"(Nemotron-4 15B and the Minitron models have 8)"
             )
-        arch = Architecture(
-            family=model_type,
-            layers=sizes["layers"],
-            hidden=sizes["hidden"],
-            heads=sizes["heads"],
-            kv_heads=_size(config, "num_key_value_heads", sizes["heads"]),
-            head_dim=_size(config, "head_dim", sizes["hidden"] // sizes["heads"]),
-            mlp=sizes["mlp"],
-            vocab=sizes["vocab"],
-            **flags,
-        )
+        fields: dict[str, Any] = self._sizes(config)
+        fields |= {flag: _flag(config, name) for flag, name in self.flags.items()}
+        if self.checks_rotary_factors:
+            ropes = (config.get("rope_scaling"), config.get("rope_parameters"))
+            fields["long_rope"] = any("short_factor" in rope for rope in ropes if rope)
+        arch = Architecture(family=model_type, **fields)
         for name in PER_LAYER & config.keys():
             entries = config[name]
-            if entries is not None and (not isinstance(entries, list) or len(entries) != arch.layers):
+            if not isinstance(entries, list) or len(entries) != arch.layers:
                 raise ConfigError(
                     f"the model's config: {name} is {entries!r}, must be a list of {arch.layers}"
                 )
         return arch
+
+    def _sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
+        stated = dict(self.sizes)
+        mlp = stated.pop("mlp", None)
+        sizes = {axis: _size(config, name) for axis, name in stated.items()}
+        hidden, heads = sizes["hidden"], sizes["heads"]
+        if self.derives_heads:
+            if hidden % heads:
+                raise ConfigError(
+                    f"the model's config: {stated['hidden']} {hidden} is no multiple of "
+                    f"{stated['heads']} {heads}"
+                )
+            sizes |= {"kv_heads": heads, "head_dim": hidden // heads}
+        else:
+            sizes["kv_heads"] = _size(config, "num_key_value_heads", heads)
+            sizes["head_dim"] = _size(config, "head_dim", hidden // heads)
+        default = self.mlp_of_hidden and self.mlp_of_hidden * hidden
+        sizes["mlp"] = 0 if mlp is None else _size(config, mlp, default)
+        return sizes
 
     def write(
         self,
@@ -124,9 +157,15 @@ class Attributes:
     ) -> dict[str, Any]:
         """`config` with the sizes of `arch` written out; lists with an entry a layer are sliced."""
         written = self._renamed(config)
-        written.update({name: getattr(arch, axis) for axis, name in SIZES.items()})
-        written.update({name: getattr(arch, flag) for flag, name in FLAGS.items()})
-        written.update(num_key_value_heads=arch.kv_heads, head_dim=arch.head_dim, architectures=[causal_lm])
+        for name, value in self.defaults.items():
+            written.setdefault(name, value)  # null is not absent: it may switch a default off
+        if self.layer_types is not None and written.get("layer_types") is None:
+            written["layer_types"] = self.layer_types(written)
+        written.update({name: getattr(arch, axis) for axis, name in self.sizes.items()})
+        written.update({name: getattr(arch, flag) for flag, name in self.flags.items()})
+        if not self.derives_heads:
+            written.update(num_key_value_heads=arch.kv_heads, head_dim=arch.head_dim)
+        written["architectures"] = [causal_lm]
         if kept_layers is not None:
             for name in PER_LAYER & written.keys():
                 if written[name] is not None:
@@ -148,12 +187,13 @@ class Attributes:
         return renamed
 
     def _refuse_unknown(self, config: Mapping[str, Any], model_type: str) -> None:
-        known = {*SIZES.values(), *FLAGS.values(), "num_key_value_heads", "head_dim"}
+        known = {*self.sizes.values(), *self.flags.values(), *self.defaults}
         known |= SILENT | PER_LAYER | self.carried
+        known |= set() if self.derives_heads else {"num_key_value_heads", "head_dim"}
         unknown = [
             f"{name} = {value!r}"
             for name, value in config.items()
-            if name not in known and value is not None and not _is_off(name, value)
+            if name not in known and value is not None and not self._is_off(name, value)
         ]
         if unknown:
             raise ConfigError(
@@ -162,9 +202,19 @@ class Attributes:
                 f"minitron_ray/models/families/{model_type}.py"
             )
 
+    def _is_off(self, name: str, value: Any) -> bool:
+        off = {**SWITCHED_OFF, **self.required_values}
+        return name in off and bool(value == off[name])
 
-def _is_off(name: str, value: Any) -> bool:
-    return name in SWITCHED_OFF and value == SWITCHED_OFF[name]
+
+def late_sliding_window(config: Mapping[str, Any]) -> list[str]:
+    """Qwen's types of layers: all full, or with `use_sliding_window` sliding from a layer on."""
+    slides = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
+    first = config.get("max_window_layers", 28) if slides else math.inf
+    return [
+        "sliding_attention" if layer >= first else "full_attention"
+        for layer in range(config["num_hidden_layers"])
+    ]
 
 
 def _refuse_foreign(config: Mapping[str, Any], causal_lm: str) -> None:

@@ -19,13 +19,14 @@ TRAINING_STATE_BYTES: Final = 16
 
 
 def matrix_parameters(family: Family, arch: Architecture) -> int:
-    """Parameters that multiply every token: the layers' matrices and the LM head, tied or not; neither
-    the embedding, which is looked up, nor norms and biases, which are added."""
+    """Parameters that multiply every token: the layers' matrices, of experts those a token goes to, and
+    the LM head, tied or not; neither the embedding, which is looked up, nor norms and biases, which are
+    added."""
     count = arch.hidden * arch.vocab
     for tensor in family.tensors:
         if len(tensor.dims) == 2 and tensor.per_layer and tensor.exists(arch):
             rows, columns = family.shape(tensor, arch)
-            count += arch.layers * rows * columns
+            count += arch.layers * rows * columns * (arch.active_experts if tensor.per_expert else 1)
     return count
 
 

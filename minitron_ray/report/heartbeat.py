@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TextIO
 
 from minitron_ray.core.events import Event
-from minitron_ray.core.units import format_count
+from minitron_ray.core.units import format_count, format_seconds
 from minitron_ray.report.progress import ProgressModel, Stage, Trial
-from minitron_ray.report.text import clock
+from minitron_ray.results.runs import STAGES
 
 INTERVAL = 30.0
 """Seconds between two lines about the same stage's progress."""
@@ -17,9 +18,9 @@ INTERVAL = 30.0
 class Heartbeat:
     """A listener that writes a line where stages and trials end, and now and then about progress."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, stages: Sequence[str] = STAGES) -> None:
         self._stream = stream
-        self._model = ProgressModel()
+        self._model = ProgressModel(stages)
         self._lock = threading.Lock()
         self._spoke_at: dict[str, float] = {}
 
@@ -50,9 +51,8 @@ class Heartbeat:
             case "stage_reused":
                 return f"{fields['stage']}: reused, {fields.get('summary', '')}"
             case "stage_finished":
-                return (
-                    f"{fields['stage']}: finished in {clock(fields['seconds'])}, {fields.get('summary', '')}"
-                )
+                took = format_seconds(fields["seconds"])
+                return f"{fields['stage']}: finished in {took}, {fields.get('summary', '')}"
             case "stage_failed":
                 return f"{fields['stage']}: failed: {fields['error']}"
             case "trial_finished":
@@ -60,7 +60,7 @@ class Heartbeat:
             case "note":
                 return str(fields["text"])
             case "run_finished":
-                return f"run {fields['status']} after {clock(fields['seconds'])}"
+                return f"run {fields['status']} after {format_seconds(fields['seconds'])}"
         return None
 
     def _progress(self, event: Event) -> str | None:
@@ -80,7 +80,7 @@ def figures(stage: Stage, now: float) -> list[str]:
         parts.append(f"{format_count(stage.tokens_per_second)} tokens/s")
     remaining = stage.remaining(now)
     if remaining is not None:
-        parts.append(f"{clock(remaining)} to go")
+        parts.append(f"{format_seconds(remaining)} to go")
     return [part for part in (*parts, stage.note) if part]
 
 

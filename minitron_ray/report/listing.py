@@ -12,23 +12,30 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from minitron_ray.results.runs import STAGES, RunInfo
+from minitron_ray.results.runs import RunInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """`started` is UTC; `best_loss` the lowest validation loss of a student (distilled, if one is)."""
+    """`started` is UTC; `best_loss` the lowest validation loss of a student: distilled if one is, else
+    after a trial, else as cut."""
 
     run_id: str
     experiment: str
     status: str
     started: datetime
+    stages: tuple[str, ...]
+    """Those that the run has."""
     stages_done: tuple[str, ...]
     best_loss: float | None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self) | {"started": self.started.isoformat(), "stages_done": list(self.stages_done)}
+        return asdict(self) | {
+            "started": self.started.isoformat(),
+            "stages": list(self.stages),
+            "stages_done": list(self.stages_done),
+        }
 
 
 def summarise(run: RunInfo) -> Line:
@@ -38,6 +45,7 @@ def summarise(run: RunInfo) -> Line:
         experiment=run.experiment,
         status=run.status,
         started=run.created,
+        stages=run.stages,
         stages_done=run.stages_done,
         best_loss=_best_loss(run),
     )
@@ -55,7 +63,7 @@ def render(lines: Sequence[Line], console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True, overflow="fold")
     for line in lines:
         loss = "-" if line.best_loss is None else f"{line.best_loss:.4f}"
-        done = f"{len(line.stages_done)}/{len(STAGES)}"
+        done = f"{len(line.stages_done)}/{len(line.stages)}"
         cells = (line.run_id, line.experiment, line.status, f"{line.started:{day}}", done, loss)
         table.add_row(*cells, style=_STYLES.get(line.status))
     console.print(table)
@@ -63,9 +71,13 @@ def render(lines: Sequence[Line], console: Console) -> None:
 
 def _best_loss(run: RunInfo) -> float | None:
     rows = run.store.read("evaluations").to_pylist()
-    losses = [r["value"] for r in rows if r["metric"] == "val_loss" and r["phase"] == "distilled"]
-    if not losses:
-        losses = run.store.read("trials")["val_loss"].to_pylist()
+    by_phase = {
+        phase: [row["value"] for row in rows if row["metric"] == "val_loss" and row["phase"] == phase]
+        for phase in ("distilled", "cut")
+    }
+    rungs = run.store.read("trials").to_pylist()
+    trials = [row["val_loss"] for row in rungs if row["final"]] or [row["val_loss"] for row in rungs]
+    losses = by_phase["distilled"] or trials or by_phase["cut"]
     known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
     return min(known) if known else None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -20,10 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from minitron_ray.core.events import Event
-from minitron_ray.core.units import format_count
+from minitron_ray.core.units import format_count, format_seconds
 from minitron_ray.report.heartbeat import Heartbeat, amount, figures
 from minitron_ray.report.progress import ProgressModel, Stage, Trial
-from minitron_ray.report.text import NONE, clock
+from minitron_ray.report.text import NONE
+from minitron_ray.results.runs import STAGES
 
 _MARKS = {"waiting": " ", "running": ">", "finished": "✓", "reused": "=", "failed": "✗"}
 _STYLES = {"waiting": "dim", "running": "bold", "finished": "green", "reused": "cyan", "failed": "red"}
@@ -33,30 +34,34 @@ _TRIALS_AT_LEAST = 3
 
 
 @contextmanager
-def open_view(stderr: TextIO, *, quiet: bool = False) -> Iterator[Callable[[Event], None]]:
-    """A listener for `EventBus` that shows the run on `stderr` until the block ends.
+def open_view(
+    stderr: TextIO, *, quiet: bool = False, stages: Sequence[str] = STAGES
+) -> Iterator[Callable[[Event], None]]:
+    """A listener for `EventBus` that shows the run, which has these stages, on `stderr` until the block ends.
 
     `quiet` shows nothing but failures and notes.
     """
     console = Console(file=stderr, highlight=False)
     if quiet:
-        heartbeat = Heartbeat(stderr)
+        heartbeat = Heartbeat(stderr, stages)
         loud = ("stage_failed", "note")
         yield lambda event: heartbeat(event) if event.kind in loud else None
     elif console.is_terminal and not console.is_dumb_terminal:
-        with LiveView(console) as view:
+        with LiveView(console, stages) as view:
             yield view
     else:
-        yield Heartbeat(stderr)
+        yield Heartbeat(stderr, stages)
 
 
 class LiveView:
     """A listener and context manager that redraws its console twice a second."""
 
-    def __init__(self, console: Console, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, console: Console, stages: Sequence[str] = STAGES, *, now: Callable[[], float] = time.time
+    ) -> None:
         self._console = console
         self._now = now
-        self._model = ProgressModel()
+        self._model = ProgressModel(stages)
         self._lock = threading.Lock()
         self._live = Live(
             console=console, get_renderable=self.picture, refresh_per_second=2, redirect_stdout=False
@@ -92,14 +97,15 @@ def draw(model: ProgressModel, now: float, width: int, height: int) -> Renderabl
 
 def _over(model: ProgressModel) -> bool:
     """Whether the search is history and its trials would only be in the way."""
-    return model.stages["search"].status in ("finished", "reused")
+    search = model.stages.get("search")
+    return search is None or search.status in ("finished", "reused")
 
 
 def _header(model: ProgressModel, now: float, width: int) -> Text:
     name = model.experiment or "starting"
-    line = Text.assemble((name, "bold"), f"  {clock(model.elapsed(now))}")
+    line = Text.assemble((name, "bold"), f"  {format_seconds(model.elapsed(now))}")
     if cell_len(line.plain) + 2 + len(model.run_id) <= width:
-        line = Text.assemble((name, "bold"), f"  {model.run_id}  {clock(model.elapsed(now))}")
+        line = Text.assemble((name, "bold"), f"  {model.run_id}  {format_seconds(model.elapsed(now))}")
     return line
 
 
@@ -118,7 +124,7 @@ def _stage(stage: Stage, now: float, width: int) -> Iterator[Text]:
         rest = figures(stage, now)[1 if amount(stage) else 0 :]
         yield from _wrapped(rest, width, indent=13)
     else:
-        time_taken = None if stage.seconds is None else clock(stage.seconds)
+        time_taken = None if stage.seconds is None else format_seconds(stage.seconds)
         said = " · ".join(part for part in (time_taken, stage.summary) if part)
         yield from _folded(line, said, width)
 

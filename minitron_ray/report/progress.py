@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -73,7 +73,7 @@ class Trial:
 class ProgressModel:
     """The state of a run, made of its events alone. Not thread-safe: the owner holds a lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Sequence[str] = STAGES) -> None:
         self.experiment = ""
         self.run_id = ""
         self.folder = ""
@@ -81,7 +81,7 @@ class ProgressModel:
         self.ended_at: float | None = None
         self.status = "running"
         self.note = ""
-        self._stages = {name: Stage(name=name) for name in STAGES}
+        self._stages = {name: Stage(name=name) for name in stages}
         self._trials: dict[str, Trial] = {}
 
     @property

@@ -16,11 +16,12 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from minitron_ray.core.units import format_count
+from minitron_ray.models import architecture
 from minitron_ray.report import tables
 from minitron_ray.report.tables import Tables
-from minitron_ray.results.runs import STAGES, RunInfo
+from minitron_ray.results.runs import RunInfo
 
-_ORDER = ("distilled", "distilling", "completed", "stopped", "running", "failed")
+_ORDER = ("distilled", "distilling", "cut", "completed", "stopped", "running", "failed")
 _WAITING = {
     "prepare": "the data is not prepared",
     "importance": "the teacher's units are not scored",
@@ -39,9 +40,9 @@ class Entry:
     subject: str
     """`teacher`, or the candidate's id."""
     rank: int | None
-    """From 1 for students with a final loss, None for the others and the teacher."""
+    """From 1 for students that the run has not dropped, None for the others and the teacher."""
     status: str
-    """teacher, distilled, distilling, completed, stopped, running or failed."""
+    """teacher, distilled, distilling, cut, completed, stopped, running or failed."""
     shape: str | None
     parameters: int | None
     budget_distance: float | None
@@ -62,6 +63,12 @@ class Entry:
     export: str | None
     """Folder of the exported model, relative to the run folder."""
 
+    @property
+    def loss(self) -> float | None:
+        """The last of the three losses."""
+        losses = (self.final_loss, self.search_loss, self.cut_loss)
+        return next((loss for loss in losses if loss is not None), None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
@@ -71,13 +78,18 @@ class Ranking:
     run_id: str
     folder: str
     status: str
+    stages: tuple[str, ...]
+    """Those that the run has, done or not."""
     budget: str | None
     entries: tuple[Entry, ...]
     missing: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self) | {"entries": [asdict(entry) for entry in self.entries]}
+        return asdict(self) | {
+            "entries": [asdict(entry) for entry in self.entries],
+            "stages": list(self.stages),
+        }
 
 
 def rank(run: RunInfo) -> Ranking:
@@ -93,6 +105,7 @@ def rank(run: RunInfo) -> Ranking:
         run_id=run.run_id,
         folder=str(run.folder),
         status=run.status,
+        stages=run.stages,
         budget=_budget_text(budget),
         entries=(teacher, *_numbered(students)),
         missing=tuple(_missing(run, found, resolved)),
@@ -100,10 +113,13 @@ def rank(run: RunInfo) -> Ranking:
 
 
 def shape_text(row: dict[str, Any]) -> str | None:
-    """`24L 576H 9h 1024m`: layers, hidden, heads, MLP."""
-    if any(row.get(name) is None for name in ("layers", "hidden", "heads", "mlp")):
+    """A row's sizes for people, see `models.architecture.shape_text`; None for a row without sizes."""
+    names = ("layers", "hidden", "heads", "kv_heads", "mlp")
+    if any(row.get(name) is None for name in names):
         return None
-    return f"{row['layers']}L {row['hidden']}H {row['heads']}h {row['mlp']}m"
+    # Tables from before there were experts do not say that there are none.
+    experts = [row.get(name) or 0 for name in ("experts", "expert_mlp")]
+    return architecture.shape_text(*(row[name] for name in names), *experts)
 
 
 def budget_distance(parameters: int | None, budget: dict[str, Any] | None) -> float | None:
@@ -158,7 +174,7 @@ def _student(name: str, found: Tables, budget: dict[str, Any] | None, teacher: E
     return Entry(
         subject=name,
         rank=None,
-        status=_status(distilled, distillation is not None, trial.status if trial else "running"),
+        status=_status(distilled, distillation is not None, cut, trial.status if trial else None),
         shape=shape_text(sizes),
         parameters=sizes.get("parameters"),
         budget_distance=budget_distance(sizes.get(counted), budget),
@@ -191,22 +207,23 @@ def _perplexity(loss: float | None) -> float | None:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _status(distilled: float | None, stepping: bool, trial: str) -> str:
+def _status(distilled: float | None, stepping: bool, cut: float | None, trial: str | None) -> str:
     if distilled is not None:
         return "distilled"
-    return "distilling" if stepping else trial
+    if stepping:
+        return "distilling"
+    return trial or ("running" if cut is None else "cut")
 
 
 def _place(entry: Entry) -> tuple[int, float, str]:
-    losses = (entry.final_loss, entry.search_loss, entry.cut_loss)
-    loss = next((value for value in losses if value is not None), math.inf)
+    loss = math.inf if entry.loss is None else entry.loss
     return _ORDER.index(entry.status), math.inf if math.isnan(loss) else loss, entry.subject
 
 
 def _numbered(students: list[Entry]) -> Iterator[Entry]:
     place = 0
     for entry in students:
-        if entry.status in ("distilled", "distilling", "completed"):
+        if entry.status in ("distilled", "distilling", "cut", "completed"):
             place += 1
             yield Entry(**{**asdict(entry), "rank": place})
         else:
@@ -214,7 +231,7 @@ def _numbered(students: list[Entry]) -> Iterator[Entry]:
 
 
 def _missing(run: RunInfo, found: Tables, resolved: dict[str, Any]) -> Iterator[str]:
-    waiting = [stage for stage in STAGES if stage not in run.stages_done]
+    waiting = [stage for stage in run.stages if stage not in run.stages_done]
     for stage in waiting:
         yield _WAITING[stage] + _how_far(stage, found, resolved)
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from minitron_ray.core.units import format_count
+from minitron_ray.core.units import format_count, format_seconds
 from minitron_ray.report.ranking import Entry, Ranking
 
 NONE = "-"
@@ -29,6 +29,12 @@ class Column:
     header: str
     text: Callable[[Entry], str]
     right: bool = True
+    shown: Callable[[Sequence[str]], bool] = lambda stages: True
+    """Whether a run of these stages has something to say under it that no other column says."""
+
+
+def _trains(stages: Sequence[str]) -> bool:
+    return "search" in stages or "distill" in stages
 
 
 COLUMNS = (
@@ -36,14 +42,23 @@ COLUMNS = (
     Column("shape", lambda e: _name(e), right=False),
     Column("status", lambda e: e.status, right=False),
     Column("params", lambda e: _or_none(e.parameters, format_count)),
-    Column("cut\nloss", lambda e: _or_none(e.cut_loss, _loss)),
-    Column("search\nloss", lambda e: _or_none(e.search_loss, _loss)),
-    Column("final\nloss", lambda e: _or_none(e.final_loss, _loss)),
+    Column("cut\nloss", lambda e: _or_none(e.cut_loss, _loss), shown=_trains),
+    Column("loss", lambda e: _or_none(e.loss, _loss), shown=lambda s: "distill" not in s),
+    Column(
+        "search\nloss",
+        lambda e: _or_none(e.search_loss, _loss),
+        shown=lambda s: "search" in s and "distill" in s,
+    ),
+    Column("final\nloss", lambda e: _or_none(e.final_loss, _loss), shown=lambda s: "distill" in s),
     Column("per-\nplexity", lambda e: _or_none(e.perplexity, _perplexity)),
     Column("of\nteacher", lambda e: _or_none(e.recovery, lambda v: f"{100 * v:.1f}%")),
-    Column("off\nbudget", lambda e: _or_none(e.budget_distance, lambda v: f"{100 * v:+.1f}%")),
-    Column("tokens", lambda e: _or_none(e.tokens, format_count)),
-    Column("time", lambda e: _or_none(e.seconds, clock)),
+    Column(
+        "off\nbudget",
+        lambda e: _or_none(e.budget_distance, lambda v: f"{100 * v:+.1f}%"),
+        shown=lambda s: "search" in s,
+    ),
+    Column("tokens", lambda e: _or_none(e.tokens, format_count), shown=_trains),
+    Column("time", lambda e: _or_none(e.seconds, format_seconds), shown=_trains),
     Column("candidate", lambda e: NONE if e.status == "teacher" else e.subject, right=False),
 )
 _KEYS = 2
@@ -57,7 +72,7 @@ def render(ranking: Ranking, console: Console) -> None:
     )
     if ranking.budget:
         console.print(f"budget {ranking.budget}")
-    for table in _tables(ranking.entries, console):
+    for table in _tables(columns_of(ranking), ranking.entries, console):
         console.print()
         console.print(table)
     console.print()
@@ -65,11 +80,17 @@ def render(ranking: Ranking, console: Console) -> None:
         console.print(escape(line), soft_wrap=True, highlight=False)
 
 
+def columns_of(ranking: Ranking) -> list[Column]:
+    """The columns that a run of these stages fills."""
+    return [column for column in COLUMNS if column.shown(ranking.stages)]
+
+
 def markdown(ranking: Ranking) -> str:
     """The same as a Markdown page."""
-    header = [column.header.replace("-\n", "").replace("\n", " ") for column in COLUMNS]
-    rule = ["---:" if column.right else "---" for column in COLUMNS]
-    rows = [[column.text(entry) or " " for column in COLUMNS] for entry in ranking.entries]
+    columns = columns_of(ranking)
+    header = [column.header.replace("-\n", "").replace("\n", " ") for column in columns]
+    rule = ["---:" if column.right else "---" for column in columns]
+    rows = [[column.text(entry) or " " for column in columns] for entry in ranking.entries]
     table = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
     title = [f"## {ranking.experiment}, run {ranking.run_id} ({ranking.status})", ""]
     budget = [f"Budget: {ranking.budget}", ""] if ranking.budget else []
@@ -80,7 +101,7 @@ def markdown(ranking: Ranking) -> str:
 def sentences(ranking: Ranking) -> Iterator[str]:
     """What a reader should take away, one fact a line."""
     best = next((entry for entry in ranking.entries if entry.rank == 1), None)
-    if best and best.final_loss is not None:
+    if best and best.loss is not None and (best.final_loss is not None or "distill" not in ranking.stages):
         yield from _verdict(best)
     for entry in ranking.entries:
         if entry.export:
@@ -89,28 +110,25 @@ def sentences(ranking: Ranking) -> Iterator[str]:
         if entry.status == "failed":
             reason = " ".join((entry.reason or "no reason was recorded").split())
             yield f"failed: {_name(entry)}: {reason}"
+    if not ranking.missing and "export" not in ranking.stages:
+        yield (
+            "nothing is exported: trials keep no weights; add distill to the experiment to train the best of "
+            "them, the search is then reused"
+        )
     for missing in ranking.missing:
         yield f"not yet: {missing}"
     if ranking.missing and ranking.status != "running":
         yield f"the run is {ranking.status}: `minitron-ray run` on its experiment goes on where it ended"
 
 
-def clock(seconds: float) -> str:
-    """`4.2s`, `58s`, `12:05`, `3:07:12`: seconds, minutes:seconds, hours:minutes:seconds."""
-    if seconds < 9.95:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
 def _verdict(best: Entry) -> Iterator[str]:
-    assert best.final_loss is not None
-    line = f"best: {_name(best)}, loss {_loss(best.final_loss)}"
-    if best.cut_loss is not None:
-        line += f" after distillation against {_loss(best.cut_loss)} as cut"
+    assert best.loss is not None
+    line = f"best: {_name(best)}, loss {_loss(best.loss)}"
+    if best.status == "cut":
+        line = f"student: {_name(best)}, loss {_loss(best.loss)} as cut"
+    elif best.cut_loss is not None:
+        trained = "distillation" if best.final_loss is not None else "its trial"
+        line += f" after {trained} against {_loss(best.cut_loss)} as cut"
     if best.recovery is not None:
         line += f"; {100 * best.recovery:.1f}% of the teacher by perplexity"
     yield line
@@ -144,9 +162,9 @@ def _table(columns: Sequence[Column], entries: Sequence[Entry]) -> Table:
     return table
 
 
-def _tables(entries: Sequence[Entry], console: Console) -> Iterator[Table]:
+def _tables(columns: list[Column], entries: Sequence[Entry], console: Console) -> Iterator[Table]:
     """The columns in as few tables as the console's width allows."""
-    keys, rest = list(COLUMNS[:_KEYS]), list(COLUMNS[_KEYS:])
+    keys, rest = columns[:_KEYS], columns[_KEYS:]
     page = list(keys)
     for column in rest:
         if len(page) > _KEYS and not _fits(_table([*page, column], entries), console):

@@ -41,19 +41,13 @@ class Cache:
         entry = self._entry(kind, digest)
         return entry if (entry / DONE).is_file() else None
 
-    @contextmanager
-    def build(self, kind: str, digest: str, describe: dict[str, Any]) -> Iterator[Path]:
-        """A temporary folder to fill; becomes the entry if the block ends well, is removed if it raises.
-
-        Waits while another process builds the same entry; if that one made it, this block's folder
-        is dropped in favour of it. Use `ensure` to skip the work as well. `describe` goes into
-        DONE.json for a human reader. Raises EnvironmentFailure where the cache can't be written.
-        """
-        with self._lock(kind, digest), self._filling(kind, digest, describe) as folder:
-            yield folder
-
     def ensure(self, kind: str, digest: str, describe: dict[str, Any], fill: Callable[[Path], None]) -> Path:
-        """The entry's folder, calling `fill(folder)` only if no process has made it before."""
+        """The entry's folder, calling `fill(folder)` only if no process has made it before.
+
+        Waits while another process fills the same entry. What `fill` leaves in its folder becomes the
+        entry; if it raises, nothing does. `describe` goes into DONE.json for a human reader. Raises
+        EnvironmentFailure where the cache can't be written.
+        """
         found = self.find(kind, digest)
         if found is not None:
             return found

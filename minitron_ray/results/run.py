@@ -7,23 +7,22 @@ results/<experiment>/<run id>/
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Self
 
 from filelock import FileLock, Timeout
-from ruamel.yaml import YAML
 
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.core.events import Event
+from minitron_ray.core.yaml import dumped
 from minitron_ray.results.files import cannot_write, finite, make_folder, write_file, write_json
 from minitron_ray.results.runs import STAGES, RunInfo, find_runs, read_info, resolve_run
 from minitron_ray.results.schemas import TABLES
@@ -36,12 +35,11 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 class Run:
     """A run being driven by this process. Readers use `RunInfo` (`results/runs.py`) and `Store`."""
 
-    def __init__(self, folder: Path, *, is_new: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         info = read_info(folder)
         self.folder = folder
         self.experiment = info.experiment
         self.run_id = info.run_id
-        self.is_new = is_new
         self.store = Store(folder, info.experiment, info.run_id)
         self._writing = threading.Lock()
         self._events_mended = False
@@ -55,11 +53,13 @@ class Run:
         source: bytes,
         resolved: dict[str, Any],
         environment: dict[str, Any],
+        stages: Sequence[str] = STAGES,
     ) -> Self:
         """The newest run of that experiment with that fingerprint, to go on with; a new one if there is none.
 
-        `resolved` is the whole experiment as JSON values. Raises EnvironmentFailure where the
-        results folder can't be written, ValueError for a name that can't be a folder.
+        `resolved` is the whole experiment as JSON values, `stages` those that it has. Raises
+        EnvironmentFailure where the results folder can't be written, ValueError for a name that can't
+        be a folder.
         """
         if not _NAME.fullmatch(experiment):
             raise ValueError(f"{experiment!r} cannot name an experiment folder")
@@ -68,9 +68,8 @@ class Run:
             same = [info for info in find_runs(results) if info.experiment == experiment]
             same = [info for info in same if info.fingerprint == fingerprint]
             if same:
-                return cls(same[-1].folder, is_new=False)
-            folder = _create(home, experiment, fingerprint, source, resolved, environment)
-            return cls(folder, is_new=True)
+                return cls(same[-1].folder)
+            return cls(_create(home, experiment, fingerprint, source, resolved, environment, stages))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -174,6 +173,7 @@ def _create(
     source: bytes,
     resolved: dict[str, Any],
     environment: dict[str, Any],
+    stages: Sequence[str],
 ) -> Path:
     """A run folder, run.json written last: without it a folder is no run."""
     created = datetime.now(UTC)
@@ -182,13 +182,14 @@ def _create(
     for name in ("tables", "checkpoints", "exports", "logs", "stages"):
         make_folder(folder / name)
     write_file(folder / "experiment.yaml", source)
-    write_file(folder / "resolved.yaml", _yaml(resolved))
+    write_file(folder / "resolved.yaml", dumped(resolved))
     write_json(folder / "environment.json", environment)
     write_file(folder / "events.jsonl", b"")
     manifest = {
         "experiment": experiment,
         "run_id": folder.name,
         "fingerprint": fingerprint,
+        "stages": list(stages),
         "status": "created",
         "created": created.isoformat(),
         "updated": created.isoformat(),
@@ -201,16 +202,6 @@ def _create(
     }
     write_json(folder / "run.json", manifest)
     return folder
-
-
-def _yaml(value: dict[str, Any]) -> bytes:
-    stream = io.BytesIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the experiment's order
-    yaml.width = 100
-    yaml.dump(value, stream)
-    return stream.getvalue()
 
 
 def _stage_row(stage: str, fingerprint: str, status: str, summary: str, seconds: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from minitron_ray.core.errors import EnvironmentFailure, NotFound
 from minitron_ray.results.store import Store
 
 STAGES: Final = ("prepare", "importance", "teacher", "search", "distill", "evaluate", "export")
-"""The stages of a run, in order."""
+"""All stages that a run can have, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,8 @@ class RunInfo:
     status: str
     """As recorded, except that a run whose process is gone from this machine is `interrupted`."""
     created: datetime
+    stages: tuple[str, ...]
+    """The stages that this run has."""
     stages_done: tuple[str, ...]
 
     @property
@@ -47,6 +49,7 @@ def read_info(folder: Path) -> RunInfo:
             fingerprint=manifest["fingerprint"],
             status=_status(folder, manifest["status"]),
             created=datetime.fromisoformat(manifest["created"]),
+            stages=tuple(manifest.get("stages", STAGES)),
             stages_done=_stages_done(folder),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -31,6 +31,8 @@ _SHAPE = {
     "mlp": (_INT, "MLP (intermediate) size"),
     "parameters": (_INT, "parameters in all, tied embeddings counted once"),
     "non_embedding_parameters": (_INT, "parameters without the embedding and the LM head"),
+    "experts": (_INT, "routed experts a layer, 0 where there are none"),
+    "expert_mlp": (_INT, "MLP size of each expert"),
 }
 
 TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
@@ -54,11 +56,16 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
             at=(_TIME, "when it ended"),
         ),
         "importance": _schema(
-            axis=(_TEXT, "hidden, heads, mlp or layers"),
+            axis=(_TEXT, "hidden, heads, kv_heads, mlp, experts, expert_mlp or layers"),
             layer=(_INT, "-1 for the global hidden axis"),
-            unit=(_INT, "channel, head, neuron or layer index"),
+            unit=(_INT, "channel, head, KV group, neuron, expert or layer index"),
             metric=(_TEXT, "how it was measured"),
             score=(_REAL, "the larger, the more important"),
+            expert=(_INT, "the expert that the neuron is of; -1 on other axes"),
+            length=(
+                _INT,
+                "how many layers from this one on were removed at once; 1 for units and single layers",
+            ),
         ),
         "candidates": _schema(
             candidate_id=(_TEXT, "digest of the shape"),

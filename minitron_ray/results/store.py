@@ -32,14 +32,18 @@ class Store:
     experiment: str
     run_id: str
 
-    def append(self, table: str, rows: Iterable[dict[str, Any]], *, writer: str, sequence: int) -> None:
+    def append(
+        self, table: str, rows: Iterable[dict[str, Any]] | pa.Table, *, writer: str, sequence: int
+    ) -> None:
         """Writes the rows as one fragment, durable when this returns.
 
-        A column not given is null; times may be Unix seconds. Raises KeyError for an unknown table,
+        A column not given is null; times may be Unix seconds. Millions of rows are better given as an
+        Arrow table with the columns of the schema, without the envelope. Raises KeyError for an unknown table,
         TypeError for an unknown column or a value that does not fit, EnvironmentFailure where the
         folder can't be written.
         """
-        content = _encode(self._table(table, list(rows)))
+        whole = self._enveloped(table, rows) if isinstance(rows, pa.Table) else self._table(table, list(rows))
+        content = _encode(whole)
         make_folder(self._folder(table))
         write_file(self._fragment(table, writer, sequence), content)
 
@@ -90,6 +94,12 @@ class Store:
             [_column(table, column, [row.get(column.name) for row in rows]) for column in schema],
             schema=schema,
         )
+
+    def _enveloped(self, table: str, columns: pa.Table) -> pa.Table:
+        if columns.schema != TABLES[table]:
+            raise TypeError(f"table {table} has the columns {TABLES[table].names}, not {columns.schema}")
+        envelope = [pa.repeat(value, len(columns)) for value in (self.experiment, self.run_id)]
+        return pa.Table.from_arrays([*envelope, *columns.columns], schema=full_schema(table))
 
 
 def read_table(results: Path, table: str) -> pa.Table:

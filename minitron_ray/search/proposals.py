@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 from minitron_ray.models.budget import Band
-from minitron_ray.search.space import CandidateRow, SpaceLike
+from minitron_ray.search.space import SPACE_AXES, CandidateRow, SpaceLike
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -34,10 +34,10 @@ class ShapeProposals:
         of_values: dict[tuple[Any, ...], tuple[str | None, float]] = {}
         for row in rows:
             shape = row.candidate
-            named = {"layers": shape.layers, "hidden": shape.hidden, "heads": shape.heads, "mlp": shape.mlp}
+            named: dict[str, int | float] = {axis: getattr(shape, axis) for axis in SPACE_AXES}
             if space.mlp is not None and space.mlp.ratios:
                 ratios = [r for r in space.mlp.ratios if max(1, round(r * shape.hidden)) == shape.mlp]
-                named["mlp_ratio"] = ratios[0]  # type: ignore[assignment]
+                named["mlp_ratio"] = ratios[0]
             counted = row.parameters if band.count == "total" else row.non_embedding_parameters
             distance = abs(band.distance(counted)) / band.high
             infeasible = max(distance, 1e-9)  # a shape that cannot be built may lie inside the band
@@ -71,9 +71,9 @@ class ShapeProposals:
 
 def _axes(space: SpaceLike, teacher_hidden: int) -> dict[str, Values]:
     axes: dict[str, Values] = {}
-    for name in ("layers", "hidden", "heads"):
+    for name in SPACE_AXES:
         choices = getattr(space, name)
-        if choices is not None:
+        if choices is not None and name != "mlp":
             axes[name] = choices.sizes(teacher_hidden)
     if space.mlp is not None:
         if space.mlp.ratios:

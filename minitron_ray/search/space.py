@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from minitron_ray.core.errors import ConfigError
-from minitron_ray.core.fingerprint import digest
 from minitron_ray.core.units import format_count
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.budget import Band
 from minitron_ray.models.family import Family
+from minitron_ray.search.selection import PLAIN, CutRules
+from minitron_ray.search.shape import Candidate, Refusals, check_axes, shape_of
+
+SPACE_AXES: Final = ("layers", "hidden", "heads", "kv_heads", "experts", "expert_mlp", "mlp")
+"""In the order of enumeration, the first changing slowest; the MLP may depend on the hidden size."""
 
 
 class SizesLike(Protocol):
@@ -27,7 +31,7 @@ class SizesLike(Protocol):
 
 
 class SpaceLike(Protocol):
-    """The section `search.space` of an experiment; None keeps the teacher's size."""
+    """The section `search.space` of an experiment; None keeps the teacher's size (see `shape_of`)."""
 
     @property
     def layers(self) -> SizesLike | None: ...
@@ -36,39 +40,13 @@ class SpaceLike(Protocol):
     @property
     def heads(self) -> SizesLike | None: ...
     @property
-    def mlp(self) -> SizesLike | None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A student's shape. `kv_heads` is the teacher's."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    mlp: int
-
+    def kv_heads(self) -> SizesLike | None: ...
     @property
-    def id(self) -> str:
-        """Ten hex digits of the digest of the shape: equal shapes have equal ids in every run."""
-        return digest(
-            {
-                "layers": self.layers,
-                "hidden": self.hidden,
-                "heads": self.heads,
-                "kv_heads": self.kv_heads,
-                "mlp": self.mlp,
-            }
-        )[:10]
-
-    def architecture(self, teacher: Architecture) -> Architecture:
-        """The student as a network on paper."""
-        return teacher.with_sizes(layers=self.layers, hidden=self.hidden, heads=self.heads, mlp=self.mlp)
-
-    def shape_text(self) -> str:
-        """For people: `24L 576H 9h 1024m`."""
-        return f"{self.layers}L {self.hidden}H {self.heads}h {self.mlp}m"
+    def mlp(self) -> SizesLike | None: ...
+    @property
+    def experts(self) -> SizesLike | None: ...
+    @property
+    def expert_mlp(self) -> SizesLike | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +70,8 @@ class CandidateRow:
             "heads": shape.heads,
             "kv_heads": shape.kv_heads,
             "mlp": shape.mlp,
+            "experts": shape.experts,
+            "expert_mlp": shape.expert_mlp,
             "parameters": self.parameters,
             "non_embedding_parameters": self.non_embedding_parameters,
             "in_budget": self.in_budget,
@@ -100,44 +80,51 @@ class CandidateRow:
 
 
 def enumerate_candidates(
-    family: Family, teacher: Architecture, space: SpaceLike, band: Band
+    family: Family, teacher: Architecture, space: SpaceLike, band: Band, rules: CutRules = PLAIN
 ) -> list[CandidateRow]:
-    """Every combination of sizes, in the order layers, hidden, heads, MLP.
+    """Every combination of sizes, in the order of SPACE_AXES.
 
-    Raises ConfigError where no shape is inside the budget, naming what the space does reach.
+    Raises ConfigError where the space names an axis that the family does not have, or where no shape
+    is inside the budget, naming what the space does reach.
     """
-    rows = [_judge(family, teacher, shape, band) for shape in _shapes(teacher, space)]
+    check_axes(family, [axis for axis in SPACE_AXES if getattr(space, axis) is not None], "search.space")
+    refusals = Refusals(family, teacher, rules)
+    rows = [
+        _judge(family, refusals, shape, shape.architecture(teacher), band)
+        for shape in _shapes(teacher, space, rules)
+    ]
     if not any(row.in_budget for row in rows):
-        raise ConfigError(_out_of_reach(family, teacher, rows, band))
+        raise ConfigError(_out_of_reach(refusals, rows, band))
     return rows
 
 
-def _shapes(teacher: Architecture, space: SpaceLike) -> list[Candidate]:
-    for axis in ("layers", "hidden", "heads"):
+def _shapes(teacher: Architecture, space: SpaceLike, rules: CutRules) -> Iterator[Candidate]:
+    fixed: dict[str, tuple[int, ...]] = {}
+    for axis in SPACE_AXES:
         choices: SizesLike | None = getattr(space, axis)
-        if choices is not None and choices.ratios:
+        if choices is None or axis == "mlp":
+            continue
+        if choices.ratios:
             raise ConfigError(
                 f"search.space.{axis}: a ratio to the hidden size is for mlp only; list sizes instead"
             )
-
-    def sizes(choices: SizesLike | None, own: int, hidden: int = teacher.hidden) -> tuple[int, ...]:
-        return (own,) if choices is None else choices.sizes(hidden)
-
-    mlp = {hidden: sizes(space.mlp, teacher.mlp, hidden) for hidden in sizes(space.hidden, teacher.hidden)}
-    return [
-        Candidate(layers=layers, hidden=hidden, heads=heads, kv_heads=teacher.kv_heads, mlp=width)
-        for layers, hidden, heads in itertools.product(
-            sizes(space.layers, teacher.layers), mlp, sizes(space.heads, teacher.heads)
-        )
-        for width in mlp[hidden]
-    ]
+        fixed[axis] = choices.values
+    widths = {
+        hidden: (teacher.mlp,) if space.mlp is None else space.mlp.sizes(hidden)
+        for hidden in fixed.get("hidden", (teacher.hidden,))
+    }
+    for sizes in itertools.product(*fixed.values()):
+        named = dict(zip(fixed, sizes, strict=True))
+        for mlp in widths[named.get("hidden", teacher.hidden)]:
+            yield shape_of(teacher, named | {"mlp": mlp}, rules)
 
 
-def _judge(family: Family, teacher: Architecture, shape: Candidate, band: Band) -> CandidateRow:
-    arch = shape.architecture(teacher)
+def _judge(
+    family: Family, refusals: Refusals, shape: Candidate, arch: Architecture, band: Band
+) -> CandidateRow:
     total = family.parameters(arch)
     core = total - family.embedding_parameters(arch)
-    reason = _above_teacher(shape, teacher) or "; ".join(family.problems(arch)) or _outside(total, core, band)
+    reason = refusals.of(shape, arch) or _outside(total, core, band)
     return CandidateRow(
         candidate=shape,
         parameters=total,
@@ -147,13 +134,6 @@ def _judge(family: Family, teacher: Architecture, shape: Candidate, band: Band) 
     )
 
 
-def _above_teacher(shape: Candidate, teacher: Architecture) -> str | None:
-    for axis in ("layers", "hidden", "heads", "mlp"):
-        if getattr(shape, axis) > getattr(teacher, axis):
-            return f"{axis} {getattr(shape, axis)} is above the teacher's {getattr(teacher, axis)}"
-    return None
-
-
 def _outside(total: int, core: int, band: Band) -> str | None:
     distance = band.distance(total if band.count == "total" else core)
     if distance == 0:
@@ -161,19 +141,14 @@ def _outside(total: int, core: int, band: Band) -> str | None:
     return f"{format_count(abs(distance))} {'above' if distance > 0 else 'below'} the budget"
 
 
-def _out_of_reach(family: Family, teacher: Architecture, rows: Sequence[CandidateRow], band: Band) -> str:
+def _out_of_reach(refusals: Refusals, rows: Sequence[CandidateRow], band: Band) -> str:
     def counted(row: CandidateRow) -> int:
         return row.parameters if band.count == "total" else row.non_embedding_parameters
 
     def text(row: CandidateRow) -> str:
         return f"{format_count(counted(row))} ({row.candidate.shape_text()})"
 
-    buildable = [
-        row
-        for row in rows
-        if _above_teacher(row.candidate, teacher) is None
-        and not family.problems(row.candidate.architecture(teacher))
-    ]
+    buildable = [row for row in rows if refusals.of(row.candidate) is None]
     if not buildable:
         return (
             f"search.space: none of its {len(rows)} shapes can be cut from the teacher, e.g. {rows[0].reason}"
@@ -185,3 +160,6 @@ def _out_of_reach(family: Family, teacher: Architecture, rows: Sequence[Candidat
         f"{text(largest)}, nearest is {text(nearest)}; change budget.parameters or tolerance, or widen "
         f"search.space"
     )
+
+
+__all__ = ["SPACE_AXES", "Candidate", "CandidateRow", "SizesLike", "SpaceLike", "enumerate_candidates"]

@@ -13,8 +13,6 @@ from minitron_ray.stages.distill_job import DistillJob, distill_worker
 from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.setting import Setting
 
-VERSION = 1
-
 
 def run(context: Context, plan: Plan, setting: Setting, chosen: list[str]) -> tuple[dict[str, Any], str]:
     """Writes `steps`; returns the folder of each distilled student, relative to the run's."""

@@ -15,12 +15,14 @@ from minitron_ray.distillation.loop import Recipe, Share, Step, make_optimizer, 
 from minitron_ray.distillation.sharding import shard
 from minitron_ray.distillation.teacher import OnlineTeacher
 from minitron_ray.execution.train_group import Worker
+from minitron_ray.experiment import Distill
 from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import distilled_tokens, steps
 from minitron_ray.results.store import Store
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.headless import Headless
+from minitron_ray.weights.model import unstacked
 from minitron_ray.weights.writing import write_checkpoint
 
 
@@ -36,13 +38,19 @@ class DistillJob:
     store: Store
 
     @property
-    def recipe(self) -> Recipe:
+    def distill(self) -> Distill:
         distill = self.setting.experiment.distill
+        assert distill is not None
+        return distill
+
+    @property
+    def recipe(self) -> Recipe:
+        distill = self.distill
         return self.setting.recipe(distill, distill.tokens, distill.loss)
 
     def every(self, tokens: int | None, parts: int) -> int:
         """Optimizer steps between two events: so many tokens, or `parts` times in all."""
-        distill, length = self.setting.experiment.distill, self.setting.experiment.data.sequence_length
+        distill, length = self.distill, self.setting.experiment.data.sequence_length
         return max(1, steps(tokens, distill.batch, length) if tokens else self.recipe.steps // parts)
 
 
@@ -67,7 +75,7 @@ class _Distillation:
         assert isinstance(layers, torch.nn.ModuleList)
         shard(self._student, layers, worker.world, worker.device)
         self._optimizer: AdamW = make_optimizer(self._student, job.recipe)
-        distill = setting.experiment.distill
+        distill = job.distill
         self._teacher: OnlineTeacher | None = None
         if distill.loss.needs_teacher:
             self._teacher = setting.online_teacher(self._share)
@@ -148,7 +156,10 @@ def write_student(job: DistillJob, weights: dict[str, torch.Tensor]) -> None:
     setting = job.setting
     arch = job.candidate.architecture(setting.architecture)
     names = setting.family.shapes(arch)
-    tensors = ((name, weights[f"model.{name}"].contiguous()) for name in names)
+    own = ((name.removeprefix("model."), tensor) for name, tensor in weights.items())
+    tensors = (
+        (name, tensor.contiguous()) for name, tensor in unstacked(own, setting.family) if name in names
+    )
     partial, final = job.folder / "final.partial", job.folder / "final"
     write_checkpoint(partial, tensors, setting.student_config(job.candidate, job.scores), dtype=torch.float32)
     partial.rename(final)

@@ -1,71 +1,100 @@
-"""Stage `evaluate`: teacher and distilled students on the same tokens by the same code.
+"""Stage `evaluate`: teacher, cut and distilled students on the same tokens by the same code.
 
-The undistilled cuts were measured by that code too, at rung 0 of their trials.
+The teacher is not run again where its signal is stored. The cuts of a search were measured at rung 0
+of their trials, a fixed shape's is measured here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from minitron_ray.distillation.loop import Share
 from minitron_ray.distillation.teacher import TeacherSignal
 from minitron_ray.evaluation.measure import Measurement
+from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import distilled_tokens
+from minitron_ray.search.space import Candidate
 from minitron_ray.stages.context import Context
+from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import build
 
-VERSION = 1
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A student to be measured: as cut by the scores, or distilled and in a folder."""
+
+    name: str
+    candidate: Candidate
+    scores: Scores | None = None
+    folder: Path | None = None
+
+    @property
+    def phase(self) -> str:
+        return "cut" if self.folder is None else "distilled"
+
+    def open(self, setting: Setting, share: Share) -> Headless:
+        """float32, as in training: products are cast by autocast."""
+        if self.folder is None:
+            assert self.scores is not None
+            return setting.student(self.candidate, self.scores, share.device, trainable=False)
+        checkpoint = Checkpoint(self.folder)
+        return Headless(build(checkpoint.config, checkpoint, dtype=torch.float32, device=share.device))
 
 
 def run(
-    context: Context, setting: Setting, folders: dict[str, str], signal: str | None
+    context: Context,
+    setting: Setting,
+    students: dict[str, Candidate],
+    folders: dict[str, str],
+    signal: str | None,
 ) -> tuple[dict[str, Any], str]:
-    """Writes `evaluations` and `sequence_losses`; returns each subject's perplexity."""
-    store, tokens = context.run.store, distilled_tokens(context.experiment)
-    paths = {candidate_id: (context.run.folder / path).resolve() for candidate_id, path in folders.items()}
-    measured: dict[str, Measurement] = context.cluster.call(measure_all, setting, paths, signal)
-    predictions = len(setting.splits.validation) * (setting.experiment.data.sequence_length - 1)
-    perplexities = {}
-    for subject, measurement in measured.items():
-        phase = "teacher" if subject == "teacher" else "distilled"
-        seen = 0 if subject == "teacher" else tokens
-        rows = _rows(subject, phase, measurement, predictions, seen)
-        if subject != "teacher":
-            cut = _cut_measurement(context, subject)
-            rows += _rows(subject, "cut", cut, predictions, 0)
-        store.append("evaluations", rows, writer=f"evaluate-{subject}", sequence=0)
-        losses = [
-            {"subject": subject, "phase": phase, "tokens": seen, "sequence": sequence, "loss": float(loss)}
-            for sequence, loss in zip(setting.splits.validation, measurement.losses, strict=True)
-        ]
-        store.append("sequence_losses", losses, writer=f"evaluate-{subject}", sequence=0)
-        perplexities[subject] = measurement.perplexity
-    told = ", ".join(f"{subject} {value:.2f}" for subject, value in perplexities.items())
-    return {"perplexity": perplexities}, f"perplexity: {told}"
+    """Writes `evaluations` and `sequence_losses`; returns the perplexities by subject and phase.
+
+    `folders` has the distilled students of `students`, relative to the run's.
+    """
+    subjects = list(_subjects(context, students, folders))
+    found: list[Measurement] = context.cluster.call(measure_all, setting, subjects, signal)
+    tokens = distilled_tokens(context.experiment)
+    writer = _Writer(context, setting)
+    writer.add("teacher", "teacher", found[0], 0)
+    for subject, measurement in zip(subjects, found[1:], strict=True):
+        writer.add(subject.name, subject.phase, measurement, tokens if subject.phase == "distilled" else 0)
+    for name in students if context.experiment.search is not None else ():
+        writer.add(name, "cut", _cut_measurement(context, name), 0, sequences=False)
+    return writer.write()
+
+
+def _subjects(context: Context, students: dict[str, Candidate], folders: dict[str, str]) -> Iterator[Subject]:
+    for name, candidate in students.items():
+        if context.experiment.search is None:
+            yield Subject(name=name, candidate=candidate, scores=read_scores(context))
+        if name in folders:
+            folder = (context.run.folder / folders[name]).resolve()
+            yield Subject(name=name, candidate=candidate, folder=folder)
 
 
 def measure_all(
-    setting: Setting, folders: dict[str, Path], signal: str | None, report: Callable[..., None]
-) -> dict[str, Measurement]:
-    """In a worker: measure the teacher, then every student against it."""
+    setting: Setting, subjects: list[Subject], signal: str | None, report: Callable[..., None]
+) -> list[Measurement]:
+    """In a worker: measure the teacher, then every subject against it."""
     share = setting.share()
-    sequences = setting.splits.validation
+    sequences = len(setting.splits.validation)
     teacher: TeacherSignal = (
         setting.stored_teacher(Path(signal), share) if signal else setting.online_teacher(share)
     )
-    total = len(sequences) * (1 + len(folders))
-    measured: dict[str, Measurement] = {}
 
-    def one(subject: Headless) -> Measurement:
-        done = len(sequences) * len(measured)
+    def one(place: int, subject: Headless | None) -> Measurement:
+        done, total = sequences * place, sequences * (1 + len(subjects))
         return setting.measure(
             subject,
             share,
@@ -75,15 +104,41 @@ def measure_all(
             ),
         )
 
-    measured["teacher"] = one(setting.teacher(share))
-    for candidate_id, folder in folders.items():
-        checkpoint = Checkpoint(folder)
-        # float32, as in training: products are cast by autocast.
-        model = build(
-            checkpoint.config, checkpoint, dtype=torch.float32, device=share.device, trainable=False
+    return [one(0, None), *(one(place, s.open(setting, share)) for place, s in enumerate(subjects, start=1))]
+
+
+class _Writer:
+    """Gathers the rows of each subject and writes them in one piece."""
+
+    def __init__(self, context: Context, setting: Setting) -> None:
+        self._store, self._setting = context.run.store, setting
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._losses: dict[str, list[dict[str, Any]]] = {}
+        self._told: list[str] = []
+        self._perplexities: dict[str, dict[str, float]] = {}
+
+    def add(self, subject: str, phase: str, found: Measurement, tokens: int, sequences: bool = True) -> None:
+        """`tokens` are those of its distillation; without `sequences`, its losses are in the table already."""
+        setting = self._setting
+        predictions = len(setting.splits.validation) * (setting.experiment.data.sequence_length - 1)
+        self._rows.setdefault(subject, []).extend(_rows(subject, phase, found, predictions, tokens))
+        self._perplexities.setdefault(subject, {})[phase] = found.perplexity
+        if not sequences:
+            return
+        self._losses.setdefault(subject, []).extend(
+            {"subject": subject, "phase": phase, "tokens": tokens, "sequence": sequence, "loss": float(loss)}
+            for sequence, loss in zip(setting.splits.validation, found.losses, strict=True)
         )
-        measured[candidate_id] = one(Headless(model))
-    return measured
+        name = subject if phase == "teacher" else f"{subject} {phase}"
+        self._told.append(f"{name} {found.perplexity:.2f}")
+
+    def write(self) -> tuple[dict[str, Any], str]:
+        """The stage's output and summary."""
+        for subject, rows in self._rows.items():
+            self._store.append("evaluations", rows, writer=f"evaluate-{subject}", sequence=0)
+        for subject, rows in self._losses.items():
+            self._store.append("sequence_losses", rows, writer=f"evaluate-{subject}", sequence=0)
+        return {"perplexity": self._perplexities}, f"perplexity: {', '.join(self._told)}"
 
 
 def _cut_measurement(context: Context, candidate_id: str) -> Measurement:

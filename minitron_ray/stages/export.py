@@ -1,4 +1,7 @@
-"""Stage `export`: a Hugging Face folder of each distilled student, proven by a stock reload.
+"""Stage `export`: a Hugging Face folder of each student, proven by a stock reload.
+
+A distilled student comes from its folder; one that is not distilled is cut again, in the type of the
+export.
 
 The folder is loaded again by `AutoModelForCausalLM` in a fresh process that imports nothing of this
 package: parameter count and logits must be exactly those planned and those in memory.
@@ -10,7 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +23,17 @@ import torch
 
 from minitron_ray.core.errors import MinitronError
 from minitron_ray.core.fingerprint import digest, file_sha256
+from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import Plan
+from minitron_ray.search.space import Candidate
 from minitron_ray.stages.context import Context
+from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.model_card import CardFacts, model_card
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.checkpoint import Checkpoint
+from minitron_ray.weights.companions import copy_companions
 from minitron_ray.weights.model import build
 from minitron_ray.weights.writing import write_checkpoint
-
-VERSION = 1
 
 _RELOAD = """
 import json, sys
@@ -45,6 +50,14 @@ print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A student as cut by the scores."""
+
+    candidate: Candidate
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
     """What the reload found."""
 
@@ -55,20 +68,26 @@ class Exported:
 
 
 def run(
-    context: Context, plan: Plan, setting: Setting, folders: dict[str, str]
+    context: Context, plan: Plan, setting: Setting, chosen: list[str], folders: dict[str, str]
 ) -> tuple[dict[str, Any], str]:
-    """Writes `exports`; returns the folder of each student, relative to the run's."""
+    """Writes `exports`; returns the folder of each chosen student, relative to the run's. `folders` has
+    those that were distilled."""
     export, paths = context.experiment.export, {}
-    for done, (candidate_id, folder) in enumerate(folders.items()):
-        context.progress(done, len(folders), "students")
-        arch = plan.candidate(candidate_id).architecture(plan.teacher)
-        planned = plan.family.parameters(arch)
+    for done, candidate_id in enumerate(chosen):
+        context.progress(done, len(chosen), "students")
+        candidate = plan.candidate(candidate_id)
+        planned = plan.family.parameters(candidate.architecture(plan.teacher))
         card = model_card(_facts(context, plan, candidate_id))
-        source, target = context.run.folder / folder, context.run.folder / "exports" / candidate_id
+        source: Path | Cut
+        if candidate_id in folders:
+            source = (context.run.folder / folders[candidate_id]).resolve()
+        else:
+            source = Cut(candidate=candidate, scores=read_scores(context))
+        target = context.run.folder / "exports" / candidate_id
         partial = target.with_name(f"{candidate_id}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         found: Exported = context.cluster.call(
-            export_student, setting, source.resolve(), partial.resolve(), export.dtype, card
+            export_student, setting, source, partial.resolve(), export.dtype, card
         )
         if found.parameters != planned:
             raise MinitronError(
@@ -96,18 +115,23 @@ def run(
 
 
 def export_student(
-    setting: Setting, source: Path, target: Path, dtype: str, card: str, report: Callable[..., None]
+    setting: Setting, source: Path | Cut, target: Path, dtype: str, card: str, report: Callable[..., None]
 ) -> Exported:
     """In a worker: write `target`, reload it in a fresh process, compare."""
-    checkpoint = Checkpoint(source)
     kind = getattr(torch, dtype)
-    tensors = {name: checkpoint.tensor(name).to(kind) for name in checkpoint.names()}
-    write_checkpoint(target, tensors.items(), checkpoint.config, dtype=dtype)
-    _copy_tokenizer(setting.teacher_folder, target)
+    tensors: Mapping[str, torch.Tensor]
+    if isinstance(source, Cut):
+        config, tensors = setting.cut(source.candidate, source.scores, kind)
+    else:
+        checkpoint = Checkpoint(source)
+        config = checkpoint.config
+        tensors = {name: checkpoint.tensor(name).to(kind) for name in checkpoint.names()}
+    write_checkpoint(target, tensors.items(), config, dtype=dtype)
+    copy_companions(setting.teacher_folder, target)
     (target / "README.md").write_text(card)
     weights = sorted(target.glob("*.safetensors"))
     ids = setting.tokens().sequences(np.asarray(setting.splits.validation[:2]))
-    model = build(checkpoint.config, tensors, dtype=kind, device=torch.device("cpu"), trainable=False).eval()
+    model = build(config, tensors, dtype=kind, device=torch.device("cpu"), trainable=False).eval()
     with torch.no_grad():
         logits = model(torch.from_numpy(ids)).logits.float().numpy()
     parameters, reloaded = _reload(target, dtype, ids)
@@ -117,30 +141,6 @@ def export_student(
         max_logit_difference=float(np.abs(logits - reloaded).max()),
         weights_digest=digest([file_sha256(path) for path in weights]),
     )
-
-
-def _copy_tokenizer(teacher: Path, target: Path) -> None:
-    """Everything of the teacher's folder that is neither weights, nor config, nor code, nor ours."""
-    names = (
-        "tokenizer",
-        "special_tokens",
-        "generation_config",
-        "vocab",
-        "merges",
-        "chat_template",
-        "added_tokens",
-    )
-    for path in teacher.iterdir():
-        if path.name.startswith(names) and path.suffix != ".py":
-            shutil.copyfile(path, target / path.name)
-    source = teacher / "source.json"  # a converted teacher says here which token ends a document
-    if source.exists() and "document_separator" in (said := json.loads(source.read_text())):
-        told = {"document_separator": said["document_separator"]}
-        (target / "source.json").write_text(json.dumps(told))
-    if not (target / "generation_config.json").exists():
-        config = json.loads((target / "config.json").read_text())
-        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-        (target / "generation_config.json").write_text(json.dumps(ids, indent=2))
 
 
 def _reload(folder: Path, dtype: str, ids: np.ndarray) -> tuple[int, np.ndarray]:
@@ -180,5 +180,5 @@ def _facts(context: Context, plan: Plan, candidate_id: str) -> CardFacts:
         parameters=plan.family.parameters(arch),
         perplexity_teacher=values["teacher", "teacher"],
         perplexity_cut=values[candidate_id, "cut"],
-        perplexity=values[candidate_id, "distilled"],
+        perplexity=values.get((candidate_id, "distilled")),
     )

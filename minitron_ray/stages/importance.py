@@ -1,52 +1,76 @@
-"""Stage `importance`: score every unit of the teacher on the calibration sequences."""
+"""Stage `importance`: score every unit and every layer of the teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from minitron_ray.importance.capture import measure_importance
+from minitron_ray.core.errors import MinitronError
+from minitron_ray.importance.metric import ListeningLayerMetric, RemovalMetric
 from minitron_ray.importance.scores import Scores
+from minitron_ray.importance.units import UnitScores
+from minitron_ray.plan.plan import Plan
 from minitron_ray.stages.context import Context
+from minitron_ray.stages.rounds import round_shapes, score_rounds
+from minitron_ray.stages.scoring import Scorer, Work
 from minitron_ray.stages.setting import Setting
 
-VERSION = 1
 
-
-def run(context: Context, setting: Setting) -> tuple[dict[str, Any], str]:
-    """Writes the table `importance`."""
-    scores = context.cluster.call(score_units, setting)
-    section = context.experiment.importance
-    rows = list(scores.rows(section.width.label, section.depth.label))
-    context.run.store.append("importance", rows, writer="importance", sequence=0)
-    least = int(np.argmin(scores.layers))
-    summary = f"{len(rows):,} units scored; least important layer {least}"
-    return {"rows": len(rows)}, summary
+def run(context: Context, plan: Plan, setting: Setting) -> tuple[dict[str, Any], str]:
+    """Writes the table `importance`: every label of the width metric, and the depth metric's."""
+    section, store = context.experiment.importance, context.run.store
+    students = [row.candidate for row in plan.feasible]
+    scorer = _scorer(context, setting)
+    heard = section.depth if isinstance(section.depth, ListeningLayerMetric) else None
+    units, layers = scorer.units(section.width, heard)
+    if section.iterations > 1:
+        shapes = round_shapes(setting.family, setting.architecture, students, section.iterations)
+        ranking = score_rounds(scorer, section.width, units[section.width.label], shapes)
+        units = {section.width_label: ranking}
+    if isinstance(section.depth, RemovalMetric):
+        layers = scorer.layers(section.depth, min(student.layers for student in students))
+    rows = 0
+    store.remove("importance", "importance")
+    for number, (label, scored) in enumerate(units.items()):
+        _check(label, scored)
+        table = scored.with_layers(layers if number == 0 else {}).table(label, section.depth.label)
+        store.append("importance", table.to_pylist(), writer="importance", sequence=number)
+        rows += len(table)
+    return {"rows": rows}, f"{rows:,} scores; {_told(read_scores(context))}"
 
 
 def read_scores(context: Context) -> Scores:
-    """The scores that `run` wrote."""
-    return Scores.from_table(context.run.store.read("importance"))
+    """The scores that this experiment ranks by, of those that `run` wrote."""
+    section = context.experiment.importance
+    table = context.run.store.read("importance")
+    return Scores.from_table(table, section.width_label, section.depth.label)
 
 
-def score_units(setting: Setting, report: Callable[..., None]) -> Scores:
-    """In a worker: one pass over the calibration sequences."""
-    share = setting.share()
-    section, indices = setting.experiment.importance, np.asarray(setting.splits.calibration)
-    tokens, size = setting.tokens(), setting.micro_batch
-    batches = (tokens.sequences(indices[i : i + size]) for i in range(0, len(indices), size))
-
-    def progress(done: int) -> None:
-        report("stage_progress", stage="importance", done=done, total=len(indices), unit="sequences")
-
-    return measure_importance(
-        setting.teacher(share),
-        setting.family,
-        setting.architecture,
-        batches,
-        section.width,
-        section.depth,
-        progress,
+def _scorer(context: Context, setting: Setting) -> Scorer:
+    cluster = context.cluster
+    work = Work(
+        setting=setting,
+        mode=cluster.settings.importance,
+        workers=cluster.workers(),
+        folder=(context.run.folder / "scratch").resolve(),
     )
+    return Scorer(cluster=cluster, work=work, base=context.ready.base)
+
+
+def _check(label: str, scores: UnitScores) -> None:
+    for axis, values in scores.axes().items():
+        if not np.isfinite(values).all():
+            place = np.argwhere(~np.isfinite(values))[0].tolist()
+            raise MinitronError(
+                f"importance: the score of {axis} {place} by {label} is not finite; the activations are "
+                f"too large for it: take `sequence: mean`, or check the teacher's weights"
+            )
+
+
+def _told(scores: Scores) -> str:
+    if not np.isnan(scores.layers).all():
+        return f"least important layer {int(np.argmin(scores.layers))}"
+    length, values = min(scores.blocks.items())
+    start = int(np.argmin(values))
+    return f"least important block of {length}: layers {start} to {start + length - 1}"

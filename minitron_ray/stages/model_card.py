@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from minitron_ray import __version__
 from minitron_ray.experiment import Experiment
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.plan import distilled_tokens
+
+_AXES: Final = (
+    ("layers", "layers"),
+    ("hidden", "hidden size"),
+    ("heads", "attention heads"),
+    ("kv_heads", "KV groups"),
+    ("head_dim", "head dimension"),
+    ("mlp", "MLP (intermediate) size"),
+    ("experts", "experts"),
+    ("expert_mlp", "size of an expert"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +35,8 @@ class CardFacts:
     parameters: int
     perplexity_teacher: float
     perplexity_cut: float
-    perplexity: float
+    perplexity: float | None
+    """After distillation; None where there is none."""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -33,36 +46,41 @@ def model_card(facts: CardFacts) -> str:
     base = f"base_model: {experiment.teacher.path}\n" if hub_id else ""
     rows = "\n".join(
         f"| {label} | {getattr(facts.teacher, axis):,} | {getattr(facts.student, axis):,} |"
-        for axis, label in (
-            ("layers", "layers"),
-            ("hidden", "hidden size"),
-            ("heads", "attention heads"),
-            ("kv_heads", "KV groups"),
-            ("head_dim", "head dimension"),
-            ("mlp", "MLP (intermediate) size"),
-        )
+        for axis, label in _AXES
+        if getattr(facts.teacher, axis)
     )
+    loss = "" if experiment.distill is None else experiment.distill.loss.kind
+    made = (
+        f"and distilled from it on {distilled_tokens(experiment):,} tokens\nwith the loss `{loss}`"
+        if experiment.distill is not None
+        else "and not trained since: distill it before use"
+    )
+    told = (
+        f"{facts.perplexity_cut:.2f} (as cut)"
+        if facts.perplexity is None
+        else f"{facts.perplexity:.2f} (as cut {facts.perplexity_cut:.2f})"
+    )
+    text = "distillation text" if experiment.distill is not None else "calibration text"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-{base}tags: [pruning, distillation, minitron-ray]
+{base}tags: [pruning, {"" if experiment.distill is None else "distillation, "}minitron-ray]
 ---
 
 # {facts.name}
 
 A student of {facts.parameters:,} parameters, cut out of `{experiment.teacher.path}`
-({facts.teacher_parameters:,} parameters) and distilled from it on {distilled_tokens(experiment):,} tokens
-with the loss `{experiment.distill.loss.kind}`. It keeps the teacher's tokenizer; the teacher's license
+({facts.teacher_parameters:,} parameters) {made}. It keeps the teacher's tokenizer; the teacher's license
 and its limits apply.
 
 | | teacher | student |
 |---|---|---|
 {rows}
 | parameters | {facts.teacher_parameters:,} | {facts.parameters:,} |
-| perplexity | {facts.perplexity_teacher:.2f} | {facts.perplexity:.2f} (as cut {facts.perplexity_cut:.2f}) |
+| perplexity | {facts.perplexity_teacher:.2f} | {told} |
 
 Perplexity on {experiment.data.validation} held-out sequences of {experiment.data.sequence_length} tokens of the
-distillation text. Seed {experiment.seed}, run `{facts.run_id}`, minitron-ray {__version__}.
+{text}. Seed {experiment.seed}, run `{facts.run_id}`, minitron-ray {__version__}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

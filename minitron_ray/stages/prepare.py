@@ -17,9 +17,10 @@ from minitron_ray.data.sources.hub import Hub
 from minitron_ray.data.splits import Splits, split
 from minitron_ray.data.tokens import TokenStore, build_tokens
 from minitron_ray.execution.stop import StopSignal
-from minitron_ray.experiment import Experiment
+from minitron_ray.experiment import Distill, Experiment, Retrain
+from minitron_ray.models.architecture import CUT_AXES
 from minitron_ray.models.families import family_of
-from minitron_ray.plan import tokens_seen
+from minitron_ray.plan import Inputs, tokens_seen
 from minitron_ray.results.cache import Cache
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.checkpoint import Checkpoint
@@ -32,8 +33,10 @@ class Prepared:
 
     setting: Setting
     config: dict[str, Any]
-    teacher_digest: str
-    data_digest: str
+    """The teacher's `config.json` as it stands in its folder."""
+    inputs: Inputs
+    base: Path
+    """The experiment file's folder."""
     output: dict[str, Any]
     summary: str
     seconds: float
@@ -59,8 +62,9 @@ def prepare(
     tokens = _tokens(experiment, base, cache, events, folder)
     splits = split_tokens(experiment, tokens)
     stop.check()
-    digests = {"teacher_digest": checkpoint.digest(), "data_digest": tokens.digest}
-    sizes = {name: getattr(arch, name) for name in ("layers", "hidden", "heads", "kv_heads", "mlp")}
+    measured = experiment.importance.depth.inputs(base)
+    inputs = Inputs(teacher=checkpoint.digest(), data=tokens.digest, depth=measured)
+    sizes = {name: getattr(arch, name) for name in CUT_AXES}
     summary = (
         f"{format_count(family.parameters(arch))} {family.model_type}, {len(tokens):,} sequences of "
         f"{experiment.data.sequence_length} tokens: {len(splits.calibration)} to calibrate, "
@@ -77,10 +81,12 @@ def prepare(
             micro_batch=micro_batch,
         ),
         config=checkpoint.config,
-        **digests,
+        inputs=inputs,
+        base=base.resolve(),
         output={
             "teacher": {**sizes, "parameters": family.parameters(arch)},
-            **digests,
+            "teacher_digest": inputs.teacher,
+            "data_digest": inputs.data,
             "counts": tokens.counts,
         },
         summary=summary,
@@ -91,20 +97,26 @@ def prepare(
 def split_tokens(experiment: Experiment, tokens: TokenStore) -> Splits:
     """Raises ConfigError where the text is too short to train even one batch."""
     data = experiment.data
-    minimum = max(experiment.distill.batch, experiment.search.retrain.batch)
+    minimum = max((part.batch for part in trainings(experiment)), default=0)
     return split(len(tokens), data.calibration, data.validation, minimum, data.sequence_length)
 
 
+def trainings(experiment: Experiment) -> list[Retrain | Distill]:
+    """What trains in the experiment: none, the trials, the distillation, or both."""
+    retrain = None if experiment.search is None else experiment.search.retrain
+    return [part for part in (retrain, experiment.distill) if part is not None]
+
+
 def _tokens(experiment: Experiment, base: Path, cache: Cache, events: EventBus, teacher: Path) -> TokenStore:
-    data, retrain, distill = experiment.data, experiment.search.retrain, experiment.distill
-    trained = max(tokens_seen(s.tokens, s.batch, data.sequence_length) for s in (retrain, distill))
+    data, parts = experiment.data, trainings(experiment)
+    trained = max((tokens_seen(s.tokens, s.batch, data.sequence_length) for s in parts), default=0)
     return build_tokens(
         data.source,
         teacher,
         sequence_length=data.sequence_length,
         base=base,
         cache=cache,
-        minimum_sequences=data.calibration + data.validation + max(retrain.batch, distill.batch),
+        minimum_sequences=data.calibration + data.validation + max((s.batch for s in parts), default=0),
         # A hub corpus may be larger than any disk; what is local is read whole.
         limit_sequences=data.calibration + data.validation + trained // data.sequence_length
         if isinstance(data.source, Hub)

@@ -9,16 +9,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from ruamel.yaml import YAML
+
+from minitron_ray.experiment import Experiment
+from minitron_ray.plan import Inputs, Plan, run_fingerprint, stage_fingerprints
 from minitron_ray.results.run import Run
 from minitron_ray.results.runs import find_runs
 from minitron_ray.results.store import Store
 
 TABLES: Final = {
     "importance": (("importance", "importance"),),
-    "search": (("candidates", "space"), ("trials", "trial-"), ("sequence_losses", "trial-")),
+    "search": (("trials", "trial-"), ("sequence_losses", "trial-")),
     "distill": (("steps", "distill-"),),
     "evaluate": (("evaluations", "evaluate-"), ("sequence_losses", "evaluate-")),
 }
@@ -38,6 +43,50 @@ def take_over(run: Run, stage: str, fingerprint: str) -> dict[str, Any] | None:
             _copy(info.folder, run, stage, record["output"])
             return record
     return None
+
+
+def finished(results: Path, plan: Plan, base: Path) -> dict[str, str]:
+    """The stages of a plan that an earlier run has finished, and which run that is.
+
+    Digests of teacher and text are those of the newest run with the same sections `teacher` and
+    `data`: they are not hashed again, so whether they still hold shows when the run begins. `base` is
+    the experiment file's folder. Raises ConfigError where a file of the depth metric cannot be read.
+    """
+    runs = list(reversed(find_runs(results)))
+    inputs = next((found for info in runs if (found := _inputs(info.folder, plan.experiment))), None)
+    if inputs is None:
+        return {}
+    inputs = replace(inputs, depth=plan.experiment.importance.depth.inputs(base))
+    marks = stage_fingerprints(plan, inputs)
+    own = run_fingerprint(plan, inputs)
+    known: dict[str, str] = {}
+    for info in runs:
+        for stage, mark in marks.items():
+            path = info.folder / "stages" / f"{stage}.json"
+            # A signal is in the cache; an export stays with its run.
+            ours = stage in TABLES or stage == "teacher" or info.fingerprint == own
+            if stage in known or not ours or not path.is_file():
+                continue
+            record: dict[str, Any] = json.loads(path.read_bytes())
+            if record["fingerprint"] == mark and outputs_exist(info.folder, record["output"]):
+                known[stage] = f"{info.experiment}/{info.run_id}"
+    return {stage: known[stage] for stage in plan.stages if stage in known}
+
+
+def _inputs(folder: Path, experiment: Experiment) -> Inputs | None:
+    """What a run found for its teacher and its text, where it names the same as `experiment`."""
+    resolved, prepared = folder / "resolved.yaml", folder / "stages" / "prepare.json"
+    if not resolved.is_file() or not prepared.is_file():
+        return None
+    there = YAML(typ="safe", pure=True).load(resolved) or {}
+    here = experiment.model_dump(mode="json", include={"teacher", "data"})
+    for section, unread in (("teacher", "config"), ("data", "calibration"), ("data", "validation")):
+        for fields in (there.get(section) or {}, here[section]):
+            fields.pop(unread, None)
+    if any(there.get(section) != here[section] for section in here):
+        return None
+    output = json.loads(prepared.read_bytes())["output"]
+    return Inputs(teacher=output["teacher_digest"], data=output["data_digest"])
 
 
 def outputs_exist(folder: Path, output: dict[str, Any]) -> bool:

@@ -16,14 +16,13 @@ from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.setting import Setting
 from minitron_ray.stages.trial import Objective, rung_steps
 
-VERSION = 1
 ENDED = ("completed", "stopped", "failed")
 
 
 def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> tuple[dict[str, Any], str]:
-    """Writes `candidates`, `trials` and `sequence_losses`; returns the chosen candidates, best first."""
-    search, store = context.experiment.search, context.run.store
-    store.append("candidates", [row.row() for row in plan.rows], writer="space", sequence=0)
+    """Writes `trials` and `sequence_losses`; returns the chosen candidates, best first."""
+    search, store = context.experiment.searched, context.run.store
+    assert plan.band is not None
     batch_tokens = search.retrain.batch * context.experiment.data.sequence_length
     rungs = [step * batch_tokens for step in rung_steps(setting)]
     objective = Objective(
@@ -73,13 +72,14 @@ def _choose(plan: Plan, store: Store) -> tuple[dict[str, Any], str]:
         reasons = sorted({row["reason"] for row in rows if row["reason"]})
         why = "; ".join(reasons) or "all were stopped"
         raise MinitronError(f"none of {len(rows)} trials was completed: {why}; see logs/ in the run")
-    chosen = completed[: plan.experiment.search.keep]
+    keep = plan.experiment.searched.keep
+    chosen = completed[:keep]
     best = chosen[0]
     counts = {status: sum(row["status"] == status for row in rows) for status in ENDED}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     shape = plan.candidate(best["candidate_id"]).shape_text()
-    if len(chosen) < plan.experiment.search.keep:
-        told += f" (keep asks for {plan.experiment.search.keep}; only completed trials can be kept)"
+    if len(chosen) < keep:
+        told += f" (keep asks for {keep}; only completed trials can be kept)"
     summary = f"{told}; best {best['candidate_id']} ({shape}), loss {best['val_loss']:.3f}"
     return {"chosen": [row["candidate_id"] for row in chosen]}, summary
 
@@ -127,7 +127,7 @@ class Record:
         }
         rows.append(row)
         experiment = self._plan.experiment
-        retrain = experiment.search.retrain
+        retrain = experiment.searched.retrain
         store, phase = self._context.run.store, "search" if row["tokens"] else "cut"
         first = self._context.ready.setting.splits.validation.start
         losses = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from minitron_ray.importance.scores import Scores
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.families import family_of
 from minitron_ray.models.family import Family
+from minitron_ray.models.kept import Kept
 from minitron_ray.search.selection import select
 from minitron_ray.search.space import Candidate
 from minitron_ray.weights.checkpoint import Checkpoint
@@ -44,7 +45,8 @@ class Setting:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.teacher_folder)
+        """The teacher, as the model type that the experiment takes it as."""
+        return Checkpoint(self.teacher_folder, as_type=self.experiment.export.as_type)
 
     @property
     def family(self) -> Family:
@@ -77,21 +79,31 @@ class Setting:
         """The teacher's stored signal; of the model itself only the LM head is opened."""
         name = self.family.embedding if self.architecture.tied else self.family.lm_head
         head = self.checkpoint.tensor(f"{name}.weight").to(share.device, share.dtype)
-        return StoredTeacher(folder, head)
+        return StoredTeacher(folder, head, self.family.softcap_of(self.checkpoint.config))
 
-    def student(self, candidate: Candidate, scores: Scores, device: torch.device) -> Headless:
-        """The undistilled student cut from the memory-mapped teacher, float32, trainable."""
+    def student(
+        self, candidate: Candidate, scores: Scores, device: torch.device, *, trainable: bool = True
+    ) -> Headless:
+        """The undistilled student cut from the memory-mapped teacher, float32."""
+        config, tensors = self.cut(candidate, scores, torch.float32)
+        return Headless(build(config, tensors, dtype=torch.float32, device=device, trainable=trainable))
+
+    def cut(
+        self, candidate: Candidate, scores: Scores, dtype: torch.dtype
+    ) -> tuple[dict[str, Any], Mapping[str, torch.Tensor]]:
+        """The `config.json` and the weights of the undistilled student."""
         checkpoint, family, teacher = self.checkpoint, self.family, self.architecture
-        kept = select(scores, candidate, teacher)
-        tensors = cut(checkpoint, family, teacher, kept, dtype=torch.float32)
+        kept = self._kept(candidate, scores)
         config = family.student_config(checkpoint.config, candidate.architecture(teacher), kept)
-        return Headless(build(config, tensors, dtype=torch.float32, device=device, trainable=True))
+        return config, cut(checkpoint, family, teacher, kept, dtype=dtype)
 
     def student_config(self, candidate: Candidate, scores: Scores) -> dict[str, Any]:
         """The student's `config.json`."""
-        teacher = self.architecture
-        kept = select(scores, candidate, teacher)
-        return self.family.student_config(self.checkpoint.config, candidate.architecture(teacher), kept)
+        arch, kept = candidate.architecture(self.architecture), self._kept(candidate, scores)
+        return self.family.student_config(self.checkpoint.config, arch, kept)
+
+    def _kept(self, candidate: Candidate, scores: Scores) -> Kept:
+        return select(scores, candidate, self.architecture, self.experiment.cut)
 
     def recipe(self, optimization: Optimization, tokens: int, loss: DistillationLoss) -> Recipe:
         return Recipe(
@@ -118,12 +130,13 @@ class Setting:
 
     def measure(
         self,
-        subject: Headless,
+        subject: Headless | None,
         share: Share,
         teacher: TeacherSignal | None = None,
         progress: Callable[[int], None] = lambda sequences: None,
     ) -> Measurement:
-        """`subject` on the validation sequences, against `teacher` where one is given."""
+        """`subject`, or the teacher itself where that is None, on the validation sequences, against
+        `teacher` where one is given."""
         indices = list(self.splits.validation)
         return measure(
             subject,
@@ -134,6 +147,7 @@ class Setting:
             batch=share.micro_batch,
             teacher_hidden=teacher.hidden if teacher else None,
             teacher_head=teacher.head if teacher else None,
+            teacher_softcap=teacher.softcap if teacher else None,
             rank=share.rank,
             world=share.world,
             progress=progress,

@@ -1,4 +1,5 @@
-"""Stage `teacher`: run the teacher once over the sequences that every candidate is trained and judged on.
+"""Stage `teacher`: run the teacher once over the sequences that every candidate is judged on, and those
+that a search trains on.
 
 Its final hidden states go to the cache, keyed by teacher and tokens, so that another budget or
 another space reuses them. Where they would not fit (they take `hidden` values a token), the teacher
@@ -16,17 +17,22 @@ import numpy as np
 from minitron_ray.core.fingerprint import digest
 from minitron_ray.core.units import format_bytes
 from minitron_ray.distillation.teacher import store_hidden
-from minitron_ray.plan import LARGEST_SIGNAL, signal_bytes_a_token, steps
+from minitron_ray.plan import LARGEST_SIGNAL, Inputs, signal_bytes_a_token, steps
 from minitron_ray.stages.context import Context
+from minitron_ray.stages.same_function import prove_same_function
 from minitron_ray.stages.setting import Setting
 
-VERSION = 1
+SIGNAL_VERSION = 1
+"""Of the files in the cache."""
 
 
-def run(
-    context: Context, setting: Setting, teacher_digest: str, data_digest: str
-) -> tuple[dict[str, Any], str]:
-    """Returns the folder of the stored signal, or null where the teacher is to run online."""
+def run(context: Context, setting: Setting, inputs: Inputs) -> tuple[dict[str, Any], str]:
+    """Returns the folder of the stored signal, or null where the teacher is to run online.
+
+    Raises ConfigError where the teacher is to be taken as another model type and is another function then.
+    """
+    if setting.experiment.export.as_type is not None:
+        context.cluster.call(prove_same_function, setting)
     indices = needed_sequences(setting)
     length = setting.experiment.data.sequence_length
     size = len(indices) * length * signal_bytes_a_token(setting.architecture)
@@ -34,9 +40,9 @@ def run(
         return {"folder": None}, f"online in each trial: stored it would take up to {format_bytes(size)}"
     key = digest(
         {
-            "version": VERSION,
-            "teacher": teacher_digest,
-            "data": data_digest,
+            "version": SIGNAL_VERSION,
+            "teacher": inputs.teacher,
+            "data": inputs.data,
             "precision": context.experiment.precision,
             "indices": indices.tolist(),
         }
@@ -56,11 +62,14 @@ def run(
 
 
 def needed_sequences(setting: Setting) -> np.ndarray:
-    """Indices of the validation sequences and of those the search trains on, ascending."""
+    """Indices of the validation sequences and of those that a search trains on, ascending."""
+    validation = np.asarray(setting.splits.validation)
+    if setting.experiment.search is None:
+        return validation
     retrain = setting.experiment.search.retrain
     count = steps(retrain.tokens, retrain.batch, setting.experiment.data.sequence_length)
     trained = [setting.training_indices(step, retrain.batch) for step in range(1, count + 1)]
-    return np.unique(np.concatenate([*trained, np.asarray(setting.splits.validation)]))
+    return np.unique(np.concatenate([*trained, validation]))
 
 
 def store_signal(setting: Setting, indices: np.ndarray, folder: Path, report: Callable[..., None]) -> None:

@@ -41,7 +41,7 @@ class Objective:
         reporter(
             "trial_started", candidate_id=candidate_id, shape=candidate.shape_text(), parameters=parameters
         )
-        setting, retrain = self.setting, self.setting.experiment.search.retrain
+        setting, retrain = self.setting, self.setting.experiment.searched.retrain
         student = setting.student(candidate, self.scores, share.device)
         teacher: TeacherSignal = (
             setting.stored_teacher(self.signal, share) if self.signal else setting.online_teacher(share)
@@ -87,7 +87,7 @@ class Objective:
 
 def rung_steps(setting: Setting) -> tuple[int, ...]:
     """Optimizer steps after which a trial reports: at tokens, tokens/reduction, tokens/reduction^2, ..."""
-    search, length = setting.experiment.search, setting.experiment.data.sequence_length
+    search, length = setting.experiment.searched, setting.experiment.data.sequence_length
     retrain = search.retrain
     reduction = search.halving.reduction if search.halving else 2.0
     found = {

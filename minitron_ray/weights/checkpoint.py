@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.core.fingerprint import digest, file_sha256
 from minitron_ray.models.architecture import Architecture
+from minitron_ray.models.families import family_of, rewritten, supported
 from minitron_ray.models.family import Family
 
 if TYPE_CHECKING:
@@ -25,11 +26,12 @@ SINGLE: Final = "model.safetensors"
 CONFIG: Final = "config.json"
 FLOATS: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """Types of weights that can be cut and trained, as safetensors and as torch name them."""
-TIED_HEAD: Final = "lm_head.weight"
 
 
 class _Header(NamedTuple):
     file: str
+    stored: str
+    """The tensor's name in the file."""
     shape: tuple[int, ...]
     kind: str
     """As safetensors names it."""
@@ -42,16 +44,21 @@ class Checkpoint:
     Every method may raise ConfigError, in one line, for a folder without usable weights.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, as_type: str | None = None) -> None:
+        self.folder, self._as_type = Path(folder), as_type
         self._open: dict[str, Any] = {}
 
-    def __reduce__(self) -> tuple[type[Checkpoint], tuple[Path]]:
-        return type(self), (self.folder,)
+    def __reduce__(self) -> tuple[type[Checkpoint], tuple[Path, str | None]]:
+        return type(self), (self.folder, self._as_type)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of `config.json`."""
+        """The content of `config.json`, rewritten where another model type was asked for."""
+        return self.written if self._as_type is None else rewritten(self.written, self._as_type)
+
+    @cached_property
+    def written(self) -> dict[str, Any]:
+        """The content of `config.json` as it stands there."""
         config = _read_json(self.folder / CONFIG)
         if not isinstance(config, dict):
             raise ConfigError(f"{self.folder / CONFIG} is not a JSON object")
@@ -65,8 +72,22 @@ class Checkpoint:
             with _opened(self.folder / file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
                     part = handle.get_slice(name)
-                    headers[name] = _Header(file, tuple(part.get_shape()), part.get_dtype())
-        return headers
+                    headers[name] = _Header(file, name, tuple(part.get_shape()), part.get_dtype())
+        return self._named_in_full(headers)
+
+    def _named_in_full(self, headers: dict[str, _Header]) -> dict[str, _Header]:
+        """Checkpoints of a bare decoder, as the first ones of GPT-2, leave out its path in the model; others
+        have old names."""
+        if self.config.get("model_type") not in supported():
+            return headers
+        family = family_of(self.config)
+        headers = {family.old_names.get(name, name): header for name, header in headers.items()}
+        path, head = f"{family.backbone}.", f"{family.lm_head}.weight"
+        if f"{path}{family.embedding.removeprefix(path)}.weight" in headers:
+            return headers
+        if f"{family.embedding.removeprefix(path)}.weight" not in headers:
+            return headers
+        return {name if name == head else f"{path}{name}": header for name, header in headers.items()}
 
     @cached_property
     def files(self) -> tuple[str, ...]:
@@ -97,15 +118,20 @@ class Checkpoint:
         kind = self._header(name).kind
         return FLOATS.get(kind, kind)
 
+    def stored_as(self, name: str) -> tuple[str, str]:
+        """The file that holds a tensor, and the tensor's name in it."""
+        header = self._header(name)
+        return header.file, header.stored
+
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, memory-mapped: its pages are read when touched, shared between processes, and
         copied when written to; the file never changes."""
-        file = self._header(name).file
-        if file not in self._open:
+        header = self._header(name)
+        if header.file not in self._open:
             from safetensors import safe_open
 
-            self._open[file] = safe_open(self.folder / file, framework="pt")
-        return self._open[file].get_tensor(name)
+            self._open[header.file] = safe_open(self.folder / header.file, framework="pt")
+        return self._open[header.file].get_tensor(header.stored)
 
     def check(self, family: Family, arch: Architecture) -> None:
         """Raises ConfigError unless the tensors are exactly the family's: by name, shape and type.
@@ -114,9 +140,10 @@ class Checkpoint:
         """
         expected = family.shapes(arch)
         found = [name for name in self.names() if not name.endswith(family.ignored_tensors)]
-        if arch.tied and TIED_HEAD in found:
-            self._check_tied(f"{family.embedding}.weight")
-            found.remove(TIED_HEAD)
+        head = f"{family.lm_head}.weight"
+        if arch.tied and head in found:
+            self._check_tied(head, f"{family.embedding}.weight")
+            found.remove(head)
         if missing := [name for name in expected if name not in self._headers]:
             raise ConfigError(
                 f"{self.folder}: the weights lack {_few(missing)}, which {family.model_type} has"
@@ -137,14 +164,14 @@ class Checkpoint:
 
     def digest(self) -> str:
         """sha256 over the config and every weight file, by content and file name (64 hex digits)."""
-        return digest([self.config, [[name, file_sha256(self.folder / name)] for name in self.files]])
+        return digest([self.written, [[name, file_sha256(self.folder / name)] for name in self.files]])
 
-    def _check_tied(self, embedding: str) -> None:
+    def _check_tied(self, head: str, embedding: str) -> None:
         import torch
 
-        if not torch.equal(self.tensor(TIED_HEAD), self.tensor(embedding)):
+        if not torch.equal(self.tensor(head), self.tensor(embedding)):
             raise ConfigError(
-                f"{self.folder}: {TIED_HEAD} differs from the embedding, but config.json says they are tied "
+                f"{self.folder}: {head} differs from the embedding, but config.json says they are tied "
                 f"(tie_word_embeddings)"
             )
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from pathlib import Path
+from typing import Final, Literal
 
 import torch
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+_CONTROL_GROUPS: Final = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Limit and use of the container this process is in, where it is in one."""
 
 
 def local_device() -> torch.device:
@@ -33,3 +41,27 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Products in `dtype` from float32 weights; nothing where `dtype` is float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still take on `device`, of the machine's memory or the accelerator's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    free = _available()
+    for limit, used in _CONTROL_GROUPS:
+        try:
+            room = int(Path(limit).read_text()) - int(Path(used).read_text())
+        except (OSError, ValueError):  # not on Linux, no such group, or no limit ("max")
+            continue
+        free = min(free, max(room, 0))
+    return free
+
+
+def _available() -> int:
+    """What the machine has for new processes, page cache that can be dropped included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

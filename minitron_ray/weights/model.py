@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.families import family_of
-from minitron_ray.weights.checkpoint import TIED_HEAD, Checkpoint, torch_dtype
+from minitron_ray.models.family import Family, Row
+from minitron_ray.weights.checkpoint import Checkpoint, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +45,10 @@ def build(
     )
     kind, place = torch_dtype(dtype), torch.device(device)
     model = _skeleton(family.canonical(config), kind)
-    weights = {name: take(name).to(device=place, dtype=kind) for name in family.shapes(arch)}
-    _assign(model, weights, tied=arch.tied)
+    weights = stacked(
+        ((row, take(row.name).to(device=place, dtype=kind)) for row in family.rows(arch)), family, arch
+    )
+    _assign(model, weights, f"{family.lm_head}.weight" if arch.tied else None)
     model.to(place)  # buffers
     planned, built = family.parameters(arch), sum(parameter.numel() for parameter in model.parameters())
     if built != planned:
@@ -52,9 +57,9 @@ def build(
     return model.train(trainable)
 
 
-def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
-    """The network without weights: parameters on the meta device, in float32."""
-    return _skeleton(family_of(config).canonical(config), torch_dtype("float32"))
+def skeleton(config: Mapping[str, Any], dtype: torch.dtype | str = "float32") -> PreTrainedModel:
+    """The network without weights: parameters on the meta device, in `dtype`."""
+    return _skeleton(family_of(config).canonical(config), torch_dtype(dtype))
 
 
 def _skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -65,16 +70,60 @@ def _skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     attributes = {name: value for name, value in config.items() if name not in ("model_type", "torch_dtype")}
     stock = AutoConfig.for_model(config["model_type"], **attributes)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(stock, attn_implementation="sdpa", dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            stock, attn_implementation=family_of(config).attention, dtype=dtype
+        )
     model.tie_weights()
     model.config.use_cache = False
     return model
 
 
-def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor], tied: bool) -> None:
+def stacked(
+    rows: Iterable[tuple[Row, torch.Tensor]], family: Family, arch: Architecture
+) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors as the stock model's parameters: those of experts joined and stacked.
+
+    Others are passed on as they are. The rows of one layer may be given without those of the others.
+    """
+    import torch
+
+    homes = {part: (name, place) for name, parts in family.stacks.items() for place, part in enumerate(parts)}
+    parameters: dict[str, torch.Tensor] = {}
+    for row, tensor in rows:
+        if row.expert is None:
+            parameters[row.name] = tensor
+            continue
+        pattern, place = homes[row.tensor.name]
+        name, parts = pattern.format(layer=row.layer), family.stacks[pattern]
+        if name not in parameters:
+            shape = (arch.experts, len(parts) * tensor.shape[0], *tensor.shape[1:])
+            parameters[name] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        start = place * tensor.shape[0]
+        parameters[name][row.expert, start : start + tensor.shape[0]] = tensor
+    return parameters
+
+
+def unstacked(
+    parameters: Iterable[tuple[str, torch.Tensor]], family: Family
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The inverse of `stacked`, by name: the stock model's parameters as a checkpoint's tensors."""
+    patterns = {re.compile(re.escape(name).replace(r"\{layer\}", r"(\d+)")): name for name in family.stacks}
+    for name, tensor in parameters:
+        found = next(((m, patterns[p]) for p in patterns if (m := p.fullmatch(name))), None)
+        if found is None:
+            yield name, tensor
+            continue
+        match, pattern = found
+        for expert, joined in enumerate(tensor):
+            parts = family.stacks[pattern]
+            for part, value in zip(parts, joined.chunk(len(parts)), strict=True):
+                yield part.format(layer=match[1], expert=expert), value
+
+
+def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor], tied_head: str | None) -> None:
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    if tied:
+    if tied_head is not None:
         model.tie_weights()
-        missing = [name for name in missing if name != TIED_HEAD]
+        missing = [name for name in missing if name != tied_head]
     if missing or unexpected:
         raise RuntimeError(f"the table and the model disagree: missing {missing}, unexpected {unexpected}")

@@ -18,6 +18,19 @@ def chunks(tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice
         yield slice(start, min(start + size, tokens))
 
 
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits as the network means them: c * tanh(logits / c) where it has a soft cap c."""
+    return logits if softcap is None else (logits / softcap).tanh_().mul_(softcap)
+
+
+@torch.no_grad()
+def chunk_logits(hidden: Tensor, head: Tensor, softcap: float | None = None) -> Tensor:
+    """Float32 logits (tokens, vocabulary) of the final hidden states (tokens, hidden) of one chunk,
+    computed in the head's type."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return capped((hidden.to(head.dtype) @ head.T).float(), softcap)
+
+
 @torch.no_grad()
 def sequence_scores(
     hidden: Tensor,
@@ -26,11 +39,14 @@ def sequence_scores(
     teacher_hidden: Tensor | None = None,
     teacher_head: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross entropy and KL(teacher || student) of each sequence, nats a token, float64 (samples,).
 
     `hidden` is (samples, tokens, hidden); the last position predicts nothing and is left out, so a
-    sequence of T tokens has T - 1 predictions. Logits are computed in `dtype` and compared in float32.
+    sequence of T tokens has T - 1 predictions. Logits are computed in `dtype`, capped and compared in
+    float32.
     """
     samples, tokens, _ = hidden.shape
     head = head.to(dtype)
@@ -42,11 +58,12 @@ def sequence_scores(
             loss = divergence = 0.0
             for part in chunks(tokens - 1, len(head), hidden.device):
                 labels = input_ids[sample, 1:][part, None]
-                log_student = (hidden[sample, :-1][part].to(dtype) @ head.T).float().log_softmax(-1)
+                logits = (hidden[sample, :-1][part].to(dtype) @ head.T).float()
+                log_student = capped(logits, softcap).log_softmax(-1)
                 loss -= log_student.gather(-1, labels).double().sum().item()
                 if teacher_hidden is not None and teacher_head is not None:
                     logits = teacher_hidden[sample, :-1][part].to(dtype) @ teacher_head.T
-                    log_teacher = logits.float().log_softmax(-1)
+                    log_teacher = capped(logits.float(), teacher_softcap).log_softmax(-1)
                     divergence += (log_teacher.exp() * (log_teacher - log_student)).sum().item()
             losses[sample] = loss / (tokens - 1)
             if divergences is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from minitron_ray.models.families import family_of
-from minitron_ray.weights.checkpoint import CONFIG, FLOATS, INDEX, SINGLE, TIED_HEAD, torch_dtype
+from minitron_ray.weights.checkpoint import CONFIG, FLOATS, INDEX, SINGLE, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def write_checkpoint(
     arch = family.read(config)
     kind = torch_dtype(dtype)
     name_of_type = str(kind).removeprefix("torch.")
-    shards = _layout(family.shapes(arch), name_of_type, kind.itemsize, shard_bytes)
+    shards = layout(family.shapes(arch), name_of_type, kind.itemsize, shard_bytes)
     _clear(folder)
     with ExitStack() as stack:
         places = {
@@ -56,7 +56,7 @@ def write_checkpoint(
             for name, place in shard.start(file)
         }
         for name, tensor in tensors:
-            if name == TIED_HEAD and arch.tied:
+            if name == f"{family.lm_head}.weight" and arch.tied:
                 continue
             file, place = _claim(places, name, tuple(tensor.shape))
             file.seek(place.offset)
@@ -66,35 +66,33 @@ def write_checkpoint(
                 f"tensors were not given: {', '.join(sorted(places)[:3])} ({len(places)} in all)"
             )
     if len(shards) > 1:
-        _write_json(folder / INDEX, _index(shards))
-    _write_json(folder / CONFIG, _typed(family.canonical(config), name_of_type))
+        write_whole_json(folder / INDEX, index_of(shards))
+    write_whole_json(folder / CONFIG, typed(family.canonical(config), name_of_type))
     return [folder / shard.file for shard in shards]
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     offset: int
     """Bytes from the start of the file."""
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
+class Shard:
     file: str
     header: bytes
-    places: dict[str, _Place]
+    places: dict[str, Place]
     size: int
     """Bytes of its tensors."""
 
-    def start(self, file: IO[bytes]) -> Iterable[tuple[str, _Place]]:
+    def start(self, file: IO[bytes]) -> Iterable[tuple[str, Place]]:
         """Writes the header; gives where each tensor goes."""
         file.write(self.header)
         return self.places.items()
 
 
-def _layout(
-    shapes: Mapping[str, tuple[int, ...]], dtype: str, itemsize: int, shard_bytes: int
-) -> list[_Shard]:
+def layout(shapes: Mapping[str, tuple[int, ...]], dtype: str, itemsize: int, shard_bytes: int) -> list[Shard]:
     """The files, each filled in the order of `shapes` up to `shard_bytes`."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
@@ -113,7 +111,7 @@ def _layout(
     ]
 
 
-def _shard(file: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, itemsize: int) -> _Shard:
+def _shard(file: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, itemsize: int) -> Shard:
     """One safetensors file: eight bytes of header length, a JSON header, then the tensors' bytes."""
     kind = next(stored for stored, name in FLOATS.items() if name == dtype)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -125,10 +123,10 @@ def _shard(file: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, itemsiz
     header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight
     header = struct.pack("<Q", len(header)) + header
     places = {
-        name: _Place(len(header) + entries[name]["data_offsets"][0], tuple(shape))
+        name: Place(len(header) + entries[name]["data_offsets"][0], tuple(shape))
         for name, shape in shapes.items()
     }
-    return _Shard(file, header, places, end)
+    return Shard(file, header, places, end)
 
 
 def _size(shape: tuple[int, ...], itemsize: int) -> int:
@@ -136,8 +134,8 @@ def _size(shape: tuple[int, ...], itemsize: int) -> int:
 
 
 def _claim(
-    places: dict[str, tuple[IO[bytes], _Place]], name: str, shape: tuple[int, ...]
-) -> tuple[IO[bytes], _Place]:
+    places: dict[str, tuple[IO[bytes], Place]], name: str, shape: tuple[int, ...]
+) -> tuple[IO[bytes], Place]:
     if name not in places:
         raise RuntimeError(f"{name} is not a tensor of the config, or was given twice")
     file, place = places.pop(name)
@@ -153,14 +151,14 @@ def _bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
     return plain.view(torch.uint8).numpy().data
 
 
-def _index(shards: list[_Shard]) -> dict[str, Any]:
+def index_of(shards: list[Shard]) -> dict[str, Any]:
     return {
         "metadata": {"total_size": sum(shard.size for shard in shards)},
         "weight_map": {name: shard.file for shard in shards for name in sorted(shard.places)},
     }
 
 
-def _typed(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def typed(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """`config` with the type of its weights, under the name it already uses."""
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     return {**config, key: dtype}
@@ -186,6 +184,6 @@ def _whole_file(path: Path) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_whole_json(path: Path, value: Any) -> None:
     with _whole_file(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")

@@ -62,7 +62,19 @@ def test_a_misspelt_command():
 
 
 def test_all_commands_are_there_and_explained():
-    expected = {"init", "validate", "plan", "run", "report", "query", "runs", "doctor", "schema"}
+    expected = {
+        "ablation",
+        "init",
+        "validate",
+        "plan",
+        "run",
+        "prune",
+        "report",
+        "query",
+        "runs",
+        "doctor",
+        "schema",
+    }
     assert expected == set(main.commands)
     for name in expected:
         result = CliRunner().invoke(main, [name, "-h"])

@@ -15,7 +15,8 @@ def schema():
 
 def test_required_keys_and_closed_sections():
     document = schema()
-    assert set(document["required"]) == {"name", "teacher", "data", "budget", "search", "distill"}
+    assert set(document["required"]) == {"name", "teacher", "data"}
+    assert document["oneOf"] == [{"required": ["shape"]}, {"required": ["budget", "search"]}]
     assert document["additionalProperties"] is False
     assert document["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 

@@ -97,7 +97,7 @@ MISTAKES = [
     pytest.param(
         "{mlp: 512..1024 by 128}",
         "{}",
-        "x.yaml:8:3: search.space: name at least one axis: layers, hidden, heads or mlp",
+        "x.yaml:8:3: search.space: name at least one axis: layers, hidden, heads, kv_heads, mlp, experts, expert_mlp",
         id="rule of a section",
     ),
     pytest.param(
@@ -138,6 +138,69 @@ def test_one_mistake_is_one_line(validate, old, new, line):
     assert old in GOOD
     result = validate(GOOD.replace(old, new, 1))
     assert (result.stdout, result.stderr, result.exit_code) == ("", line + "\n", 2)
+
+
+SECTIONS = {
+    "shape": "shape: {layers: 3}\n",
+    "budget": "budget: {parameters: 90M}\n",
+    "search": "search: {space: {mlp: 512..1024 by 128}}\n",
+}
+REMOVE = "; remove shape to search, or remove budget and search to keep the shape"
+NEITHER = "budget: missing; give budget and search to look for the best shape, or shape to fix one"
+
+
+@pytest.mark.parametrize(
+    ("sections", "lines"),
+    [
+        ("shape", []),
+        ("budget search", []),
+        ("", [f"x.yaml:1:1: {NEITHER}"]),
+        ("search", [f"x.yaml:1:1: {NEITHER}"]),
+        (
+            "budget",
+            ["x.yaml:1:1: search: missing; a budget needs a search (search.space says where to look); or replace "
+             "budget by shape"],
+        ),
+        ("shape budget", [f"x.yaml:6:1: budget: the experiment gives a fixed shape and a budget{REMOVE}"]),
+        ("shape search", [f"x.yaml:6:1: search: the experiment gives a fixed shape and a search{REMOVE}"]),
+    ],
+)  # fmt: skip
+def test_one_way_to_a_shape(validate, sections, lines):
+    head = GOOD[: GOOD.index("budget:")]
+    result = validate(head + "".join(SECTIONS[name] for name in sections.split()))
+    assert result.stderr.splitlines() == lines
+    assert result.exit_code == (2 if lines else 0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("shape", "shpe", "x.yaml:5:1: shpe: unknown key; did you mean 'shape'?"),
+        ("layers: 3", "layrs: 3", "x.yaml:5:9: shape.layrs: unknown key; did you mean 'layers'?"),
+        ("layers: 3", "layers: 0", "x.yaml:5:17: shape.layers: must be at least 1, found 0"),
+        (
+            "layers: 3",
+            "layers: 2..3",
+            "x.yaml:5:17: shape.layers: expected one size, found '2..3'; to choose among several give budget and "
+            "search instead of shape",
+        ),
+        (
+            "layers: 3",
+            "",
+            "x.yaml:5:1: shape: name at least one axis: layers, hidden, heads, kv_heads, mlp, experts, expert_mlp",
+        ),
+    ],
+)
+def test_mistakes_in_a_shape(validate, old, new, line):
+    head = GOOD[: GOOD.index("budget:")] + SECTIONS["shape"]
+    assert validate(head.replace(old, new)).stderr == line + "\n"
+
+
+def test_a_key_that_is_a_word_of_python(validate):
+    head = GOOD[: GOOD.index("budget:")] + SECTIONS["shape"]
+    assert validate(head + "export: {as: mistral}\n").exit_code == 0
+    result = validate(head + "export: {az: mistral}\n")
+    assert result.stderr == "x.yaml:6:10: export.az: unknown key; known keys: dtype, as\n"
 
 
 def test_files_that_are_none(validate):

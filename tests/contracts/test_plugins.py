@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,44 @@ import optuna
 import pytest
 import torch
 
+from minitron_ray.core.fingerprint import digest
 from minitron_ray.core.kinds import plugins
 from minitron_ray.data.source import Source, TextSource, TokenSource
 from minitron_ray.distillation.loss import DistillationLoss
-from minitron_ray.importance.metric import LayerMetric, UnitMetric
+from minitron_ray.evaluation.task import Batch, Material, Sequences, Task
+from minitron_ray.importance.metric import (
+    LayerMetric,
+    ListeningLayerMetric,
+    ListeningUnitMetric,
+    RemovalMetric,
+    StaticUnitMetric,
+    UnitMetric,
+)
+from minitron_ray.importance.units import unit_shapes
+from minitron_ray.models.families import family_of
 from minitron_ray.search.sampler import SearchSampler
+from minitron_ray.weights.checkpoint import Checkpoint
 
 FOLDERS: dict[str, type[Any]] = {
     "minitron_ray.data.sources": Source,
     "minitron_ray.distillation.losses": DistillationLoss,
     "minitron_ray.importance.width": UnitMetric,
     "minitron_ray.importance.depth": LayerMetric,
+    "minitron_ray.evaluation.tasks": Task,
     "minitron_ray.search.samplers": SearchSampler,
 }
+
+
+REQUIRED: dict[str, dict[str, Any]] = {
+    "task": {"task": {"kind": "accuracy"}},
+    "multiple_choice": {"path": "questions.jsonl"},
+}
+"""Fields without a default."""
+
+
+def made(plugin: type[Any]) -> Any:
+    """One with every field at its default."""
+    return plugin(**REQUIRED.get(plugin.model_fields["kind"].default, {}))
 
 
 def kinds(folder: str) -> list[Any]:
@@ -71,28 +98,79 @@ def test_a_loss_has_no_preference_among_equal_shifts_of_the_logits(plugin: type[
 
 
 @pytest.mark.parametrize("plugin", kinds("minitron_ray.importance.width"))
-def test_a_width_metric_follows_its_units_and_not_the_batches(plugin: type[UnitMetric]) -> None:
+def test_a_width_metric_scores_every_unit_and_not_the_batches(
+    plugin: type[UnitMetric], tiny_llama: Path
+) -> None:
+    metric = made(plugin)
+    assert metric.label in metric.labels and digest(metric.identity)
+    if isinstance(metric, StaticUnitMetric):
+        checkpoint = Checkpoint(tiny_llama)
+        family = family_of(checkpoint.config)
+        arch = family.read(checkpoint.config)
+        found = metric.score(checkpoint, family, arch).axes()
+        assert {axis: values.shape for axis, values in found.items()} == unit_shapes(family, arch)
+        assert all((values > 0).all() and values.dtype == np.float64 for values in found.values())
+        return
+    assert isinstance(metric, ListeningUnitMetric)
     activations = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 9, 4)))
-    whole, split, turned = (plugin().evidence() for _ in range(3))
+    whole, split, turned, later = (metric.evidence() for _ in range(4))
     order = [2, 0, 3, 1]
     whole.add(activations)
     turned.add(activations[..., order])
-    for part in activations.split(2):
+    for part in activations[:4].split(2):
         split.add(part)
-    assert whole.scores().shape == (4,) and whole.scores().dtype == np.float64
-    np.testing.assert_allclose(whole.scores(), split.scores())
-    np.testing.assert_allclose(whole.scores()[order], turned.scores())
-    assert plugin().label
+    later.add(activations[4:])
+    later.rest()
+    split.merge(pickle.loads(pickle.dumps(later)))
+    assert set(whole.scores()) == set(metric.labels)
+    for label, scores in whole.scores().items():
+        assert scores.shape == (4,) and scores.dtype == np.float64
+        np.testing.assert_allclose(scores, split.scores()[label])
+        np.testing.assert_allclose(scores[order], turned.scores()[label])
 
 
 @pytest.mark.parametrize("plugin", kinds("minitron_ray.importance.depth"))
 def test_a_depth_metric_finds_an_identity_less_important(plugin: type[LayerMetric]) -> None:
-    x = torch.randn(4, 5, 8)
-    nothing, something = plugin().evidence(), plugin().evidence()
-    nothing.add(x, x)
-    something.add(x, x + torch.randn_like(x))
-    assert something.score() > nothing.score()
-    assert plugin().label
+    metric = made(plugin)
+    assert metric.label
+    if isinstance(metric, ListeningLayerMetric):
+        x, evidence = torch.randn(4, 5, 8), metric.evidence(2)
+        evidence.add(0, 1, x, x)
+        evidence.add(1, 1, x, x + torch.randn_like(x))
+        nothing, something = evidence.scores()[1]
+    else:
+        assert isinstance(metric, RemovalMetric)
+        ids = torch.from_numpy(np.random.default_rng(0).integers(0, 8, (4, 9)))
+        whole = torch.nn.functional.one_hot(ids.roll(-1, 1), 8) * 4.0  # knows the next token, by this head:
+        values = metric.values([whole, whole, torch.randn(4, 9, 8)], Batch(ids=ids.numpy()), torch.eye(8))
+        assert values.shape == (3, 4) and values.dtype == np.float64
+        nothing, something = metric.reduce(values)
+    assert something > nothing == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("plugin", kinds("minitron_ray.evaluation.tasks"))
+def test_a_tasks_values_are_of_its_examples_and_not_of_the_batches(
+    plugin: type[Task], tiny_llama: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"context": "The loss", "choices": ["rises.", "falls."], "answer": number % 2} for number in range(5)
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ids = np.random.default_rng(0).integers(0, 256, (5, 12))
+    calibration = Sequences(read=ids.__getitem__, indices=tuple(range(5)))
+    task = made(plugin)
+    examples = pickle.loads(
+        pickle.dumps(task.examples(Material(calibration=calibration, teacher=tiny_llama, base=tmp_path)))
+    )
+    embedding, head = torch.randn(256, 16), torch.randn(256, 16)
+
+    def values(start: int, stop: int) -> np.ndarray:
+        batch = examples.batch(start, stop)
+        return task.values(embedding[torch.from_numpy(batch.ids)], batch, head)
+
+    assert len(examples) == 5 and values(0, 5).dtype == np.float64
+    np.testing.assert_array_equal(values(0, 5), np.concatenate([values(0, 2), values(2, 5)]))
+    assert task.label and digest(task.inputs(tmp_path)) == digest(task.inputs(tmp_path))
 
 
 @pytest.mark.parametrize("plugin", kinds("minitron_ray.search.samplers"))

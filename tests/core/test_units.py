@@ -173,13 +173,12 @@ def test_format_count(number, text):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0.42, "0.4 s"),
-        (9.96, "10 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (200, "3 min 20 s"),
-        (7500, "2 h 05 min"),
-        (100_000, "1 d 4 h"),
+        (0.04, "0.0s"),
+        (9.94, "9.9s"),
+        (9.96, "10s"),
+        (59.6, "1:00"),
+        (3599.6, "1:00:00"),
+        (90_061, "25:01:01"),
     ],
 )
 def test_format_seconds(seconds, text):

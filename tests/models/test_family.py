@@ -107,7 +107,7 @@ def test_sizes_are_read_and_written_out() -> None:
     arch = family_of(SMOLLM2).read(SMOLLM2)
     assert (arch.layers, arch.hidden, arch.heads, arch.kv_heads) == (30, 576, 9, 3)
     assert (arch.head_dim, arch.mlp, arch.vocab, arch.tied) == (64, 1536, 49152, True)
-    assert arch.shape_text() == "30L 576H 9h 1536m"
+    assert arch.shape_text() == "30L 576H 9h/3 1536m"
     canonical = family_of(SMOLLM2).canonical(SMOLLM2)
     assert canonical["head_dim"] == 64 and canonical["rope_theta"] == 100000
     assert "head_dim" not in SMOLLM2
@@ -141,7 +141,7 @@ def test_student_config_slices_lists_and_carries_the_rest() -> None:
         "mlp_bias": False,
     }
     assert config["layer_types"] == ["a", "b", "c", "d"]
-    with pytest.raises(ValueError, match="do not give 2L 540H 9h 2m"):
+    with pytest.raises(ValueError, match="do not give 2L 540H 9h/3 2m"):
         family.student_config(config, kept.architecture(teacher), whole)
 
 
@@ -193,13 +193,13 @@ def test_names_that_disagree_are_refused() -> None:
         family_of(config).read(config)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "../llama", "__init__"])
+@pytest.mark.parametrize("model_type", ["bloom", "../llama", "__init__"])
 def test_unknown_family(model_type: str) -> None:
-    with pytest.raises(ConfigError, match=r"is not supported; supported are llama, nemotron .*families/"):
+    with pytest.raises(ConfigError, match=r"is not supported; supported are .*llama, .*nemotron.*families/"):
         family_of({"model_type": model_type})
 
 
 def test_config_without_a_family() -> None:
-    with pytest.raises(ConfigError, match="names no model_type; supported are llama, nemotron"):
+    with pytest.raises(ConfigError, match="names no model_type; supported are gemma2, "):
         family_of({"hidden_size": 8})
-    assert supported() == ("llama", "nemotron")
+    assert {"llama", "nemotron"} < set(supported()) and list(supported()) == sorted(supported())

@@ -21,7 +21,7 @@ def test_report_of_the_newest_run(info: RunInfo, results: Path) -> None:
         shown = call(results, "report", *arguments)
         assert shown.exit_code == 0 and shown.stderr == ""
         assert f"quickstart  run {info.run_id}  succeeded" in shown.stdout
-        assert "24L 576H 9h 1024m" in shown.stdout
+        assert "24L 576H 9h/3 1024m" in shown.stdout
 
 
 def test_report_as_json(info: RunInfo, results: Path) -> None:

@@ -38,11 +38,11 @@ def test_the_figures_of_the_winner(make_run: Any) -> None:
     assert (best.cut_loss, best.search_loss, best.final_loss) == (4.25, 3.7, 3.6)
     assert best.perplexity == pytest.approx(math.exp(3.6))
     assert best.recovery == pytest.approx(math.exp(3.35 - 3.6))
-    assert (best.shape, best.parameters, best.budget_distance) == ("24L 576H 9h 1024m", 98_000_000, -0.02)
+    assert (best.shape, best.parameters, best.budget_distance) == ("24L 576H 9h/3 1024m", 98_000_000, -0.02)
     assert best.tokens == 65_536
     assert best.seconds == 40.0 + 4 * 1024 / 128
     assert best.export == "exports/aaaaaaaaaa"
-    assert (teacher.shape, teacher.parameters) == ("30L 576H 9h 1536m", 134_515_008)
+    assert (teacher.shape, teacher.parameters) == ("30L 576H 9h/3 1536m", 134_515_008)
     assert (teacher.final_loss, teacher.recovery) == (3.35, 1.0)
 
 
@@ -153,3 +153,23 @@ def test_the_budget_may_leave_out_embeddings(make_run: Any) -> None:
 def test_distance_to_a_centre_or_a_range(parameters: int, target: Any, distance: float) -> None:
     assert budget_distance(parameters, {"parameters": target}) == pytest.approx(distance)
     assert budget_distance(None, {"parameters": target}) is None and budget_distance(parameters, None) is None
+
+
+def test_a_run_is_judged_by_the_stages_it_has(results: Path) -> None:
+    stages = ("prepare", "importance", "teacher", "evaluate", "export")
+    run = Run.open(results, "fixed", "ef" * 32, b"", {"shape": {"layers": 3}}, {}, stages)
+    assert len(rank(read_info(run.folder)).missing) == 5
+    sizes = {"layers": 3, "hidden": 48, "heads": 3, "kv_heads": 3, "mlp": 64, "parameters": 54_096}
+    row = sizes | {"candidate_id": "a" * 10, "in_budget": True}
+    run.store.append("candidates", [row], writer="space", sequence=0)
+    losses = [("teacher", "teacher", 3.0), ("a" * 10, "cut", 4.0)]
+    rows = [{"subject": s, "phase": p, "metric": "val_loss", "value": v} for s, p, v in losses]
+    run.store.append("evaluations", rows, writer="evaluate", sequence=0)
+    for stage in stages:
+        run.finish_stage(stage, stage, {}, "", 0.0)
+    ranking = rank(read_info(run.folder))
+    assert ranking.missing == () and ranking.budget is None and ranking.stages == stages
+    student = ranking.entries[1]
+    assert (student.status, student.rank, student.loss, student.shape) == ("cut", 1, 4.0, "3L 48H 3h 64m")
+    assert student.recovery == pytest.approx(math.exp(3.0 - 4.0)) and student.budget_distance is None
+    assert ranking.as_json()["stages"] == list(stages)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from minitron_ray.report import listing
 from minitron_ray.report.ranking import Ranking, rank
-from minitron_ray.report.text import clock, markdown, render
+from minitron_ray.report.text import columns_of, markdown, render
 from minitron_ray.results.runs import RunInfo
 
 FIGURES = [
@@ -62,11 +62,11 @@ def test_big_models_fit_as_well(info: RunInfo, width: int) -> None:
 def test_what_a_reader_takes_away(info: RunInfo) -> None:
     lines = shown(rank(info), 120)
     assert (
-        "best: 24L 576H 9h 1024m, loss 3.6000 after distillation against 4.2500 as cut; "
+        "best: 24L 576H 9h/3 1024m, loss 3.6000 after distillation against 4.2500 as cut; "
         "77.9% of the teacher by perplexity" in lines
     )
-    assert f"exported: 24L 576H 9h 1024m in {info.folder}/exports/aaaaaaaaaa" in lines
-    assert "failed: 28L 576H 9h 896m: loss became NaN at step 3" in lines
+    assert f"exported: 24L 576H 9h/3 1024m in {info.folder}/exports/aaaaaaaaaa" in lines
+    assert "failed: 28L 576H 9h/3 896m: loss became NaN at step 3" in lines
 
 
 def test_an_unfinished_run_says_how_to_go_on(info: RunInfo) -> None:
@@ -81,7 +81,7 @@ def test_brackets_are_text_and_not_markup(info: RunInfo) -> None:
     ranking = rank(info)
     failed = replace(ranking.entries[-1], reason="shape [bold]9[/] is [/wrong]")
     lines = shown(replace(ranking, entries=(*ranking.entries[:-1], failed)), 120)
-    assert "failed: 28L 576H 9h 896m: shape [bold]9[/] is [/wrong]" in lines
+    assert "failed: 28L 576H 9h/3 896m: shape [bold]9[/] is [/wrong]" in lines
 
 
 def test_markdown_has_a_cell_for_every_column(info: RunInfo) -> None:
@@ -92,23 +92,8 @@ def test_markdown_has_a_cell_for_every_column(info: RunInfo) -> None:
         "| # | shape | status | params | cut loss | search loss | final loss | perplexity |"
     )
     assert rows[3].startswith(
-        "| 1 | 24L 576H 9h 1024m | distilled | 98.0M | 4.2500 | 3.7000 | 3.6000 | 36.60 |"
+        "| 1 | 24L 576H 9h/3 1024m | distilled | 98.0M | 4.2500 | 3.7000 | 3.6000 | 36.60 |"
     )
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.04, "0.0s"),
-        (9.94, "9.9s"),
-        (9.96, "10s"),
-        (59.6, "1:00"),
-        (3599.6, "1:00:00"),
-        (90_061, "25:01:01"),
-    ],
-)
-def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -122,3 +107,43 @@ def test_runs_are_listed_whole(info: RunInfo, width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     assert text.count(info.run_id) == 2 and text.count("7/7") == 2 and text.count("3.6000") == 2
     assert f"{info.created:%Y-%m-%d}" in text and f"{info.created:%H:%M}" in text and "…" not in text
+
+
+SHAPE_ONLY = ("prepare", "importance", "teacher", "evaluate", "export")
+
+
+def headers(ranking: Ranking) -> set[str]:
+    return {column.header.replace("\n", " ") for column in columns_of(ranking)}
+
+
+def test_a_fixed_shape_that_is_not_trained_has_one_loss(info: RunInfo) -> None:
+    teacher, best, *_ = rank(info).entries
+    cut = replace(best, status="cut", search_loss=None, final_loss=None, tokens=None, seconds=None)
+    ranking = replace(rank(info), stages=SHAPE_ONLY, budget=None, entries=(teacher, cut))
+    assert headers(ranking) == {
+        "#",
+        "shape",
+        "status",
+        "params",
+        "loss",
+        "per- plexity",
+        "of teacher",
+        "candidate",
+    }
+    text = "\n".join(shown(ranking, 80))
+    assert "student: 24L 576H 9h/3 1024m, loss 4.2500 as cut; 77.9% of the teacher" in text
+    assert "None" not in text and "budget" not in text and "distillation" not in text
+
+
+def test_a_search_alone_says_that_nothing_is_exported(info: RunInfo) -> None:
+    stages = ("prepare", "importance", "teacher", "search", "evaluate")
+    teacher, best, *others = rank(info).entries
+    best = replace(best, status="completed", final_loss=None, export=None)
+    ranking = replace(rank(info), stages=stages, entries=(teacher, best, *others))
+    assert {"cut loss", "loss", "off budget", "tokens"} <= headers(ranking)
+    assert not {"search loss", "final loss"} & headers(ranking)
+    lines = shown(ranking, 120)
+    assert any("loss 3.7000 after its trial against 4.2500 as cut" in line for line in lines)
+    assert any(line.startswith("nothing is exported: trials keep no weights") for line in lines)
+    unfinished = replace(ranking, missing=("the search has not finished",), status="running")
+    assert not any("nothing is exported" in line for line in shown(unfinished, 120))

@@ -36,7 +36,7 @@ def open_run(results: Path, fingerprint: str = ONE, experiment: str = "exp") -> 
 
 def test_a_new_run_has_its_files(tmp_path: Path) -> None:
     run = open_run(tmp_path)
-    assert run.is_new and run.status == "created"
+    assert run.status == "created"
     assert run.folder == tmp_path / "exp" / run.run_id and run.run_id.endswith("-111111")
     assert (run.folder / "experiment.yaml").read_bytes() == SOURCE
     resolved = YAML(typ="safe").load(run.folder / "resolved.yaml")
@@ -51,8 +51,9 @@ def test_the_same_fingerprint_resumes_the_newest(tmp_path: Path) -> None:
     other = open_run(tmp_path, TWO)
     elsewhere = open_run(tmp_path, ONE, "second")
     again = open_run(tmp_path)
-    assert again.run_id == first.run_id and not again.is_new
-    assert other.is_new and elsewhere.is_new and elsewhere.folder.parent.name == "second"
+    assert again.folder == first.folder
+    assert len({run.folder for run in (first, other, elsewhere)}) == 3
+    assert elsewhere.folder.parent.name == "second"
 
 
 def test_two_fingerprints_with_one_start_in_one_second_get_two_folders(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_a_half_made_folder_is_no_run(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     (run.folder / "run.json").unlink()
     assert find_runs(tmp_path) == []
-    assert open_run(tmp_path).is_new
+    assert open_run(tmp_path).folder != run.folder
 
 
 def test_status_is_kept_and_rows_are_added(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from minitron_ray.results.run import Run
-run = Run(Path(sys.argv[1]), is_new=False)
+run = Run(Path(sys.argv[1]))
 with run.lock():
     run.set_status("running")
     print("locked", flush=True)

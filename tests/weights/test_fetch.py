@@ -178,9 +178,14 @@ def test_a_config_given_where_the_weights_are_not(tmp_path: Path, cache: Cache, 
     at_hand = read_config_only(str(tiny_llama), None, given, tmp_path, cache)
     assert at_hand is not None and at_hand["model_type"] == "llama"  # the real one counts
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "broken.json").write_text("{")
     for name, problem in (
-        ("none.json", r"no such file: .*none\.json"),
-        ("list.json", "must hold a JSON object"),
+        (
+            "none.json",
+            r"^teacher\.config: no such file: .*none\.json; the path is relative to the experiment",
+        ),
+        ("list.json", r"^teacher\.config: .*must hold a JSON object"),
+        ("broken.json", r"^teacher\.config: .*can't be read as JSON"),
     ):
         with pytest.raises(ConfigError, match=problem):
             read_config_only("./absent", None, name, tmp_path, cache)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from minitron_ray.models.families import family_of
 from minitron_ray.models.kept import Kept
@@ -79,3 +81,28 @@ def test_what_does_not_fit_is_refused(tiny_llama: Path) -> None:
         cut(source, family, arch.with_sizes(hidden=36), KEPT)
     with pytest.raises(ValueError, match=r"embed_tokens.weight has shape \(256, 48\), expected \(256, 60\)"):
         next(cut_tensors(source, family, arch.with_sizes(hidden=60), KEPT))
+
+
+def test_merged_heads_and_averaged_kv_heads_by_hand(tiny_llama: Path) -> None:
+    """Queries are 2 h_i - h_j, keys and values the mean of both groups; o_proj is only trimmed."""
+    source = Checkpoint(tiny_llama)
+    family = family_of(source.config)
+    arch = family.read(source.config)
+    blends = (((0, 2.0), (1, -1.0)), ((3, 1.0),), ((5, 0.5), (4, 0.5)))
+    kept = replace(
+        Kept.whole(arch),
+        heads=((0, 3, 5),) * arch.layers,
+        kv_heads=((tuple(range(arch.kv_heads)),),) * arch.layers,
+        merged_heads=(blends,) * arch.layers,
+    )
+    student = cut(source, family, arch, kept)
+    for layer in range(arch.layers):
+        path = f"model.layers.{layer}.self_attn."
+        queries = source.tensor(path + "q_proj.weight").unflatten(0, (arch.heads, arch.head_dim))
+        merged = torch.stack([2 * queries[0] - queries[1], queries[3], (queries[4] + queries[5]) / 2])
+        assert_close(student[path + "q_proj.weight"], merged.flatten(0, 1))
+        for name in ("k_proj", "v_proj"):
+            matrix = source.tensor(f"{path}{name}.weight").unflatten(0, (arch.kv_heads, arch.head_dim))
+            assert_close(student[f"{path}{name}.weight"], matrix.mean(0))
+        columns = [head * arch.head_dim + i for head in (0, 3, 5) for i in range(arch.head_dim)]
+        assert torch.equal(student[path + "o_proj.weight"], source.tensor(path + "o_proj.weight")[:, columns])

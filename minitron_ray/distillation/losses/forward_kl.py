@@ -24,10 +24,7 @@ class ForwardKL(DistillationLoss):
     def value_and_gradient(
         self, student: Tensor, teacher: Tensor | None, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if teacher is None:
-            raise ValueError("forward_kl needs the teacher's logits")
-        if self.temperature != 1.0:
-            student, teacher = student / self.temperature, teacher / self.temperature
+        student, teacher = self.divided(student, teacher, self.temperature)
         log_student = student.log_softmax(-1)
         log_teacher = teacher.log_softmax(-1)
         probabilities = log_teacher.exp()

@@ -7,63 +7,142 @@ another metric.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from minitron_ray.importance.metric import UnitMetric
+from minitron_ray.importance.metric import ListeningUnitMetric
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
 Aggregation = Literal["mean", "l2", "var"]
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
 
-class Activation(UnitMetric):
+class Activation(ListeningUnitMetric):
     """`mean` takes absolute values, `l2` is the root of the sum of squares, `var` the population variance."""
 
     kind: Literal["activation"] = "activation"
     batch: Aggregation = "l2"
     sequence: Aggregation = "mean"
+    gather: Literal["chosen", "all"] = "chosen"
+    """`all`: every combination of `batch` and `sequence` goes into the table, out of the same pass, so
+    that experiments which differ in them share one measurement."""
 
     @property
     def label(self) -> str:
-        return f"activation(batch={self.batch}, sequence={self.sequence})"
+        return self._label(self.batch, self.sequence)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self._label(*pair) for pair in self._pairs())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        fields = super().identity
+        return fields if self.gather == "chosen" else fields | {"batch": "all", "sequence": "all"}
 
     def evidence(self) -> ActivationEvidence:
-        return ActivationEvidence(self.batch, self.sequence)
+        return ActivationEvidence({self._label(*pair): pair for pair in self._pairs()})
+
+    def _pairs(self) -> Iterator[tuple[Aggregation, Aggregation]]:
+        if self.gather == "chosen":
+            yield self.batch, self.sequence
+        else:
+            yield from itertools.product(AGGREGATIONS, AGGREGATIONS)
+
+    def _label(self, batch: Aggregation, sequence: Aggregation) -> str:
+        options = [f"batch={batch}", f"sequence={sequence}"]
+        options += [f"heads={self.heads}"] if self.heads != "norm" else []
+        options += ["final_norm"] if self.final_norm else []
+        return f"activation({', '.join(options)})"
 
 
 class ActivationEvidence:
-    """Sums over samples in float64, so that the split into batches does not show in the scores."""
+    """For each aggregation over the sequence, the sums of the samples' values and of their squares.
 
-    def __init__(self, batch: Aggregation, sequence: Aggregation) -> None:
-        self._batch, self._sequence = batch, sequence
+    Values are float32, sums over samples float64, so that the split into batches does not show.
+    """
+
+    def __init__(self, pairs: Mapping[str, tuple[Aggregation, Aggregation]]) -> None:
+        self._pairs = pairs
+        self._sequence = tuple(dict.fromkeys(sequence for _, sequence in pairs.values()))
         self._samples = 0
-        self._sum: NDArray = np.zeros(())
-        self._squares: NDArray = np.zeros(())
+        self._sums: dict[Aggregation, Tensor] = {}
+        """(2, units) each: sum and sum of squares."""
 
     def add(self, activations: Tensor) -> None:
         values = activations.detach().float()
-        match self._sequence:
-            case "mean":
-                per_sample = values.abs().mean(dim=1)
-            case "l2":
-                per_sample = values.square().sum(dim=1).sqrt()
-            case "var":
-                per_sample = values.var(dim=1, correction=0)
-        samples = per_sample.double().cpu().numpy()
-        self._samples += len(samples)
-        self._sum = self._sum + samples.sum(axis=0)
-        self._squares = self._squares + np.square(samples).sum(axis=0)
+        self._take({name: _over_sequence(values, name) for name in self._sequence}, len(values))
 
-    def scores(self) -> NDArray:
-        mean = self._sum / self._samples
-        match self._batch:
+    def add_routed(self, activations: Tensor, sample: Tensor, samples: int) -> None:
+        import torch
+
+        values = activations.detach().float()
+        tokens = torch.bincount(sample, minlength=samples)
+        present = tokens > 0
+        count = tokens[present].float()[:, None]
+
+        def total(of: Tensor) -> Tensor:
+            summed = of.new_zeros(samples, of.shape[1]).index_add_(0, sample, of)
+            return summed[present]
+
+        found: dict[Aggregation, Tensor] = {}
+        for name in self._sequence:
+            match name:
+                case "mean":
+                    found[name] = total(values.abs()).div_(count)
+                case "l2":
+                    found[name] = total(values.square()).sqrt_()
+                case "var":
+                    means = values.new_zeros(samples, values.shape[1])
+                    means[present] = total(values).div_(count)
+                    found[name] = total((values - means[sample]).square_()).div_(count)
+        self._take(found, len(count))
+
+    def _take(self, per_sample: Mapping[Aggregation, Tensor], samples: int) -> None:
+        import torch
+
+        self._samples += samples
+        for name, values in per_sample.items():
+            wide = values.double()
+            sums = torch.stack([wide.sum(0), wide.square_().sum(0)])
+            self._sums[name] = self._sums[name].add_(sums) if name in self._sums else sums
+
+    def merge(self, later: ActivationEvidence) -> None:
+        self._samples += later._samples
+        for name, sums in later._sums.items():
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def rest(self) -> None:
+        self._sums = {name: sums.cpu() for name, sums in self._sums.items()}
+
+    def scores(self) -> Mapping[str, NDArray]:
+        return {label: self._over_batch(*pair) for label, pair in self._pairs.items() if self._sums}
+
+    def _over_batch(self, batch: Aggregation, sequence: Aggregation) -> NDArray:
+        total, squares = self._sums[sequence].cpu().numpy()
+        mean: NDArray = total / self._samples
+        match batch:
             case "mean":
                 return mean
             case "l2":
-                return np.sqrt(self._squares)
+                return np.asarray(np.sqrt(squares))
             case "var":
-                return np.maximum(self._squares / self._samples - np.square(mean), 0.0)
+                return np.maximum(squares / self._samples - np.square(mean), 0.0)
+
+
+def _over_sequence(values: Tensor, aggregation: Aggregation) -> Tensor:
+    """(samples, units) of (samples, tokens, units). Norms and `einsum` are many times slower on a CPU."""
+    match aggregation:
+        case "mean":
+            return values.abs().sum(dim=1).div_(values.shape[1])
+        case "l2":
+            return values.square().sum(dim=1).sqrt_()
+        case "var":
+            centred = values - values.sum(dim=1, keepdim=True).div_(values.shape[1])
+            return centred.square_().sum(dim=1).div_(values.shape[1])

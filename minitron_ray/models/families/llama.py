@@ -13,13 +13,13 @@ FAMILY = Family(
     tensors=(
         Tensor("model.embed_tokens.weight", ("vocab", "hidden")),
         Tensor(LAYER + "input_layernorm.weight", ("hidden",)),
-        Tensor(ATTENTION + "q_proj.weight", (QUERIES, "hidden")),
-        Tensor(ATTENTION + "k_proj.weight", (GROUPS, "hidden")),
-        Tensor(ATTENTION + "v_proj.weight", (GROUPS, "hidden")),
+        Tensor(ATTENTION + "q_proj.weight", (QUERIES, "hidden"), makes_heads=True),
+        Tensor(ATTENTION + "k_proj.weight", (GROUPS, "hidden"), makes_heads=True),
+        Tensor(ATTENTION + "v_proj.weight", (GROUPS, "hidden"), makes_heads=True),
         Tensor(ATTENTION + "o_proj.weight", ("hidden", QUERIES)),
-        Tensor(ATTENTION + "q_proj.bias", (QUERIES,), needs="attention_bias"),
-        Tensor(ATTENTION + "k_proj.bias", (GROUPS,), needs="attention_bias"),
-        Tensor(ATTENTION + "v_proj.bias", (GROUPS,), needs="attention_bias"),
+        Tensor(ATTENTION + "q_proj.bias", (QUERIES,), needs="attention_bias", makes_heads=True),
+        Tensor(ATTENTION + "k_proj.bias", (GROUPS,), needs="attention_bias", makes_heads=True),
+        Tensor(ATTENTION + "v_proj.bias", (GROUPS,), needs="attention_bias", makes_heads=True),
         Tensor(ATTENTION + "o_proj.bias", ("hidden",), needs="attention_bias"),
         Tensor(LAYER + "post_attention_layernorm.weight", ("hidden",)),
         Tensor(MLP + "gate_proj.weight", ("mlp", "hidden")),
@@ -51,4 +51,5 @@ FAMILY = Family(
     ),
     # LlamaConfig refuses other sizes even with head_dim given.
     multiples=(("hidden", "heads"),),
+    as_types={"mistral": {"sliding_window": None, "max_position_embeddings": 2048}},
 )

@@ -1,0 +1,1 @@
+"""Downstream measures; one file each, named by its `kind`."""

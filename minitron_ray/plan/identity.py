@@ -1,0 +1,94 @@
+"""What decides the result of each stage, as a digest: equal digests, equal results, in any run.
+
+Never paths, cluster, numbers of workers, or the experiment's name: what one run has finished, another
+run that asks for the same takes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+from minitron_ray.core.fingerprint import digest
+from minitron_ray.experiment import Experiment
+from minitron_ray.importance.metric import RemovalMetric
+from minitron_ray.plan.plan import Plan
+
+VERSIONS: Final = MappingProxyType(
+    {"importance": 2, "teacher": 1, "search": 1, "distill": 1, "evaluate": 2, "export": 1}
+)
+"""Counted up where the same inputs give another result than before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Digests of what an experiment names, by content: the teacher's folder, and text, tokenizer, packing."""
+
+    teacher: str
+    data: str
+    depth: Mapping[str, Any] = field(default_factory=dict)
+    """Digests of the files that the depth metric reads."""
+
+
+def experiment_fingerprint(experiment: Experiment) -> str:
+    """Digest of an experiment. A description of the teacher for planning is not part of it."""
+    fields = experiment.model_dump(mode="json")
+    fields["teacher"].pop("config")
+    return digest(fields)
+
+
+def run_fingerprint(plan: Plan, inputs: Inputs) -> str:
+    """Digest of the experiment, of what it names, and of the stages' versions: another text is another run."""
+    stages = stage_fingerprints(plan, inputs)
+    return digest({"experiment": experiment_fingerprint(plan.experiment), "stages": stages})
+
+
+def stage_fingerprint(stage: str, fields: Any, needs: list[str], **inputs: Any) -> str:
+    """Digest of one stage: its version, its own fields, what it needs, and its other inputs."""
+    return digest(
+        {"stage": stage, "version": VERSIONS[stage], "fields": fields, "needs": needs, "inputs": inputs}
+    )
+
+
+def stage_fingerprints(plan: Plan, inputs: Inputs) -> dict[str, str]:
+    """By stage, of the stages that the plan has."""
+    e = plan.experiment
+    found = {"teacher": inputs.teacher, "data": inputs.data, "precision": e.precision}
+    seeded = {"seed": e.seed, "as": e.export.as_type}
+    validation = [e.data.calibration, e.data.validation]  # where it begins, and how long it is
+    marks: dict[str, str] = {}
+
+    def mark(stage: str, fields: Any, *needs: str, **more: Any) -> None:
+        marks[stage] = stage_fingerprint(stage, fields, [marks[n] for n in needs], **found, **more)
+
+    mark("importance", _importance(plan), files=dict(inputs.depth))
+    signal: dict[str, Any] = {"validation": validation, "as": e.export.as_type}
+    student = ["importance"]
+    ranking = [e.importance.width_label, e.importance.depth.label]  # one table may hold several
+    cut = {"cut": e.cut, "ranking": ranking, "shapes": [row.candidate.id for row in plan.feasible]}
+    if e.search is not None:
+        signal |= {"tokens": e.search.retrain.tokens, "batch": e.search.retrain.batch, "seed": e.seed}
+    mark("teacher", signal)
+    if e.search is not None:
+        mark("search", {"search": e.search, **cut}, "importance", "teacher", **seeded)
+        student = ["search"]
+    if e.distill is not None:
+        mark("distill", {"distill": e.distill, "validation": validation, **cut}, *student, **seeded)
+        student = ["distill"]
+    mark("evaluate", {"validation": validation, **cut}, *student, **seeded)
+    if "export" in plan.stages:
+        mark("export", {"export": e.export}, "evaluate")
+    return marks
+
+
+def _importance(plan: Plan) -> dict[str, Any]:
+    """What the scores depend on: of the students' shapes only what the metrics look at."""
+    e = plan.experiment
+    fields: dict[str, Any] = {"calibration": e.data.calibration, "importance": e.importance.identity}
+    if e.importance.iterations > 1:
+        fields["targets"] = [row.candidate.id for row in plan.feasible]
+    if isinstance(e.importance.depth, RemovalMetric) and e.importance.depth.iterative:
+        fields["fewest_layers"] = min(row.candidate.layers for row in plan.feasible)
+    return fields

@@ -1,0 +1,181 @@
+"""How the teacher is scored: which passes are made over which sequences, and what a worker does in one.
+
+Whatever decides the scores is independent of how many workers there are: sequences are grouped, and
+batches cut, before they are shared out, and results are put together in their order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minitron_ray.evaluation.task import Examples, Material, Sequences
+from minitron_ray.execution.cluster import Cluster
+from minitron_ray.importance.capture import Group, gather, gather_streamed, grouped, merged
+from minitron_ray.importance.evidence import Evidence, Listeners
+from minitron_ray.importance.metric import (
+    ListeningLayerMetric,
+    ListeningUnitMetric,
+    RemovalMetric,
+    StaticUnitMetric,
+    UnitMetric,
+)
+from minitron_ray.importance.removal import Removed, removal_values, score_layers
+from minitron_ray.importance.units import UnitScores
+from minitron_ray.stages.setting import Setting
+from minitron_ray.weights.device import free_memory
+from minitron_ray.weights.layerwise import Layerwise, StreamedLayerwise
+
+WEIGHTS_SHARE: Final = 0.6
+"""Of the free memory: what the weights may take before the teacher is streamed."""
+STREAMS_SHARE: Final = 0.25
+"""Of the free memory: what a streamed teacher's hidden states may take before they go to a file."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What every worker of a pass gets. Small, and picklable."""
+
+    setting: Setting
+    mode: Literal["auto", "resident", "streamed"]
+    workers: int
+    folder: Path
+    """For files that do not outlive the pass."""
+
+    def resident(self) -> bool:
+        """Whether the teacher's weights fit what this worker may take of the free memory."""
+        if self.mode != "auto":
+            return self.mode == "resident"
+        setting, share = self.setting, self.setting.share()
+        size = setting.family.parameters(setting.architecture) * share.dtype.itemsize
+        return size <= WEIGHTS_SHARE * self._free()
+
+    def streams_folder(self, sequences: int, positions: int) -> Path | None:
+        """Where the hidden states of so many sequences go; None for memory."""
+        setting, share = self.setting, self.setting.share()
+        tokens = sequences * setting.experiment.data.sequence_length
+        size = tokens * positions * setting.architecture.hidden * share.dtype.itemsize
+        return self.folder if size > STREAMS_SHARE * self._free() else None
+
+    def layerwise(self) -> Layerwise:
+        """The teacher, layer by layer, whole in memory or not."""
+        setting, share = self.setting, self.setting.share()
+        if self.resident():
+            return Layerwise(setting.teacher(share).model, setting.family)
+        return StreamedLayerwise(setting.checkpoint, dtype=share.dtype, device=share.device)
+
+    def _free(self) -> float:
+        device = self.setting.share().device
+        return free_memory(device) / (self.workers if device.type == "cpu" else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scorer:
+    """Runs passes on a cluster."""
+
+    cluster: Cluster
+    work: Work
+    base: Path
+    """The experiment file's folder, where the files of a task are looked for."""
+
+    def units(
+        self, width: UnitMetric, depth: ListeningLayerMetric | None
+    ) -> tuple[dict[str, UnitScores], Mapping[int, NDArray]]:
+        """The scores of units under each of the metric's labels; of layers by block length, in the same
+        pass, where `depth` is given."""
+        setting = self.work.setting
+        if isinstance(width, StaticUnitMetric):
+            static = self.cluster.call(score_static, setting, width)
+            return {width.label: static}, {} if depth is None else self._hear(None, depth)[1]
+        assert isinstance(width, ListeningUnitMetric)
+        return self._hear(width, depth)
+
+    def _hear(
+        self, width: ListeningUnitMetric | None, depth: ListeningLayerMetric | None
+    ) -> tuple[dict[str, UnitScores], Mapping[int, NDArray]]:
+        setting = self.work.setting
+        ears = Listeners(family=setting.family, architecture=setting.architecture, width=width, depth=depth)
+        groups = grouped(setting.splits.calibration, setting.micro_batch)
+        parts = self.cluster.map(hear, shares(groups, self.work.workers), self.work, ears)
+        evidence = merged([found for part in parts for found in part])
+        units = {} if width is None else ears.unit_scores(evidence)
+        return units, {} if evidence.stream is None else evidence.stream.scores()
+
+    def layers(self, metric: RemovalMetric, fewest: int) -> Mapping[int, NDArray]:
+        """The scores of layers by block length, from runs of the teacher without them; `fewest` is the
+        least that a student keeps."""
+        setting = self.work.setting
+        sequences = Sequences(read=setting.tokens().sequences, indices=tuple(setting.splits.calibration))
+        material = Material(calibration=sequences, teacher=setting.teacher_folder, base=self.base)
+        examples = metric.examples(material)
+        size = setting.micro_batch
+        batches = [(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
+
+        def measure(removals: Sequence[Removed]) -> NDArray:
+            parts = shares(batches, self.work.workers)
+            values = self.cluster.map(remove, parts, self.work, metric, examples, removals)
+            return np.concatenate(values, axis=1)
+
+        return score_layers(metric, setting.architecture.layers, fewest, measure)
+
+
+def shares(items: Sequence[Item], workers: int) -> list[list[Item]]:
+    """`items` in order, in at most `workers` runs of nearly equal length, none of them empty."""
+    count = min(workers, len(items))
+    bounds = [len(items) * number // count for number in range(count + 1)]
+    return [list(items[low:high]) for low, high in itertools.pairwise(bounds)]
+
+
+def score_static(setting: Setting, metric: StaticUnitMetric, report: Callable[..., None]) -> UnitScores:
+    """In a worker: scores that need no pass."""
+    return metric.score(setting.checkpoint, setting.family, setting.architecture)
+
+
+def hear(groups: list[Group], work: Work, ears: Listeners, report: Callable[..., None]) -> list[Evidence]:
+    """In a worker: the evidence of each of its groups."""
+    setting = work.setting
+    read, share = setting.tokens().sequences, setting.share()
+    total = len(setting.splits.calibration)
+
+    def progress(done: int) -> None:
+        report("stage_progress", stage="importance", done=done, total=total, unit="sequences")
+
+    if work.resident():
+        return gather(setting.teacher(share), ears, groups, read, progress)
+    sequences = sum(len(batch) for group in groups for batch in group)
+    positions = 1 + max(ears.depth.blocks, default=0) if ears.depth is not None else 1
+    teacher = StreamedLayerwise(setting.checkpoint, dtype=share.dtype, device=share.device)
+    folder = work.streams_folder(sequences, positions)
+    return gather_streamed(teacher, ears, groups, read, progress, folder)
+
+
+def remove(
+    batches: list[tuple[int, int]],
+    work: Work,
+    metric: RemovalMetric,
+    examples: Examples,
+    removals: Sequence[Removed],
+    report: Callable[..., None],
+) -> NDArray:
+    """In a worker: the values of its batches of examples, see `removal_values`."""
+    done_at = np.cumsum([stop - start for start, stop in batches])
+
+    def progress(done: int) -> None:
+        report(
+            "stage_progress",
+            stage="importance",
+            done=int(done_at[done - 1]),
+            total=len(examples),
+            unit="examples",
+        )
+
+    given = [examples.batch(start, stop) for start, stop in batches]
+    return removal_values(work.layerwise(), given, metric, removals, progress)

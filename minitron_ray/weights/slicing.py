@@ -1,0 +1,170 @@
+"""`cut_slices`: the same weights as `cut_tensors` gives, a few rows at a time.
+
+A tensor larger than memory is cut from its file into another one: only the slice at hand is in
+memory, the kernel is told which rows come next, and the teacher's pages are let go behind it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from minitron_ray.core.errors import ConfigError
+from minitron_ray.models.architecture import Architecture
+from minitron_ray.models.family import Family, Row
+from minitron_ray.models.kept import Kept
+from minitron_ray.weights.checkpoint import Checkpoint, torch_dtype
+from minitron_ray.weights.mapping import MappedWeights
+from minitron_ray.weights.surgery import Selection, Term, origin_name, select, selections
+
+if TYPE_CHECKING:
+    import torch
+
+SLICE_BYTES: Final = 2 * 2**20
+"""Bytes of one slice of the student, at least one row: few enough to stay in the processor's cache."""
+_AHEAD: Final = 16
+"""Slices that the kernel reads while one is being cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Rows of one of the student's tensors, contiguous, in memory of their own."""
+
+    name: str
+    first: int
+    """The first row; a tensor's slices come in the order of its rows."""
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    row: Row
+    origin: str
+    shape: tuple[int, ...]
+    """Of the student's tensor."""
+    chosen: list[Selection]
+    """What its rows and columns are taken from; of the rows only those of this slice."""
+    first: int
+    rows: range
+    """Rows of the teacher's tensor that it lies within."""
+
+
+def cut_slices(
+    source: Checkpoint,
+    family: Family,
+    teacher: Architecture,
+    kept: Kept,
+    *,
+    dtype: torch.dtype | str,
+    only: Container[str] | None = None,
+    slice_bytes: int = SLICE_BYTES,
+) -> Iterator[Slice]:
+    """The slices of each of the student's tensors, or of those in `only`, in `cut_tensors`' order and
+    with its bits, in `dtype`. `source` must have been checked.
+
+    Raises ConfigError, naming the tensor, where a kept value is not finite or does not fit `dtype`.
+    """
+    student = kept.architecture(teacher)
+    kind = torch_dtype(dtype)
+    jobs = _jobs(family, teacher, student, kept, only, slice_bytes // kind.itemsize)
+    with MappedWeights(source) as weights:
+        for job in _prefetched(jobs, weights):
+            tensor = weights.tensor(job.origin)
+            chosen = [_shifted(job.chosen[0], job.rows.start), *job.chosen[1:]]
+            out = select(tensor[job.rows.start : job.rows.stop], chosen)
+            if job.row.tensor.rescaled is not None:
+                out = job.row.tensor.rescaled(out, teacher, student)
+            out = out.detach().to(kind).contiguous()
+            if out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+                out = out.clone()
+            if not all_finite(out):
+                raise ConfigError(_why_not_finite(source, tensor, job, kind))
+            yield Slice(job.row.name, job.first, out)
+            del tensor
+            weights.release(job.origin, job.rows.start, job.rows.stop)
+
+
+def _jobs(
+    family: Family,
+    teacher: Architecture,
+    student: Architecture,
+    kept: Kept,
+    only: Container[str] | None,
+    values: int,
+) -> Iterator[_Job]:
+    for row in family.rows(student):
+        if only is not None and row.name not in only:
+            continue
+        shape = family.shape(row.tensor, student)
+        origin, chosen = origin_name(row, kept), selections(row, teacher, kept)
+        step = max(1, values // max(1, int(np.prod(shape[1:]))))
+        for first in range(0, shape[0], step):
+            last = min(first + step, shape[0])
+            part = _part(chosen[0], first, last)
+            rows = range(first, last) if part is None else _extent(part)
+            yield _Job(row, origin, shape, [part, *chosen[1:]], first, rows)
+
+
+def _part(rows: Selection, first: int, last: int) -> Selection:
+    if rows is None:
+        return None
+    return [
+        Term(term.positions[first:last], None if term.weights is None else term.weights[first:last])
+        for term in rows
+    ]
+
+
+def _extent(terms: Iterable[Term]) -> range:
+    terms = list(terms)
+    first = min(int(term.positions.min()) for term in terms)
+    last = max(int(term.positions.max()) for term in terms)
+    return range(first, last + 1)
+
+
+def _shifted(rows: Selection, start: int) -> Selection:
+    return None if rows is None else [Term(term.positions - start, term.weights) for term in rows]
+
+
+def _prefetched(jobs: Iterable[_Job], weights: MappedWeights) -> Iterator[_Job]:
+    waiting: deque[_Job] = deque()
+    for job in jobs:
+        weights.prefetch(job.origin, job.rows.start, job.rows.stop)
+        waiting.append(job)
+        if len(waiting) > _AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: all bits of a float's exponent are set in those two."""
+    import torch
+
+    if values.numel() == 0:
+        return True
+    bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
+    infinity = torch.tensor(float("inf"), dtype=values.dtype).view(bits.dtype)
+    # Without its sign, a float's bits are ordered as its value. `isfinite` is 20 times as slow.
+    return bool((bits & torch.iinfo(bits.dtype).max).amax() < infinity)
+
+
+def _why_not_finite(source: Checkpoint, tensor: torch.Tensor, job: _Job, dtype: torch.dtype) -> str:
+    import torch
+
+    part = tensor[job.rows.start : job.rows.stop]
+    where = f"{source.folder}: {job.origin}"
+    broken = torch.argwhere(~torch.isfinite(part))
+    if len(broken):
+        place = [int(broken[0][0]) + job.rows.start, *map(int, broken[0][1:])]
+        value = float(tensor[tuple(place)])
+        return (
+            f"{where} holds {value} at {place}; fetch the model again, or ask its publisher for sound weights"
+        )
+    largest, name = float(part.abs().max()), str(dtype).removeprefix("torch.")
+    return (
+        f"{where} reaches {largest:.4g}, which does not fit {name} (at most {torch.finfo(dtype).max:.4g}); "
+        f"choose --dtype bfloat16 or float32"
+    )

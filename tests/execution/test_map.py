@@ -1,0 +1,104 @@
+"""`Cluster.map` on real Ray: order, shares, lost workers, failures, stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_ray.core.errors import Interrupted, MinitronError
+from minitron_ray.core.events import Event, EventBus
+from minitron_ray.execution.cluster import Cluster
+from minitron_ray.execution.settings import ClusterSettings, Resources
+from minitron_ray.execution.stop import StopSignal
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    settings = ClusterSettings(workers=2, worker=Resources(cpus=1))
+    with Cluster(settings, tmp_path_factory.mktemp("run"), EventBus(), StopSignal()) as cluster:
+        yield cluster
+
+
+def square(part: int, power: int, report: Any) -> tuple[int, int, int]:
+    import torch
+
+    time.sleep(0.3 if part == 0 else 0)  # the first is done last
+    report("stage_progress", stage="importance", done=part, total=10, unit="parts")
+    return part**power, os.getpid(), torch.get_num_threads()
+
+
+def test_results_come_in_order_from_several_processes(cluster: Cluster) -> None:
+    results = cluster.map(square, range(5), 2)
+    assert [value for value, _, _ in results] == [0, 1, 4, 9, 16]
+    assert len({process for _, process, _ in results}) >= 2
+    assert {threads for _, _, threads in results} == {1}
+    assert cluster.map(square, [], 2) == []
+
+
+def test_progress_of_the_parts_is_added_up(cluster: Cluster) -> None:
+    told: list[int] = []
+
+    def listen(event: Event) -> None:
+        if event.kind == "stage_progress":
+            told.append(event.fields["done"])
+
+    cluster.events.add(listen)
+    cluster.map(square, [3, 4], 2)
+    deadline = time.monotonic() + 10
+    while 7 not in told and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert told[-1] == 7
+
+
+def die_once(part: Path, report: Any) -> str:
+    if not part.exists():
+        part.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return part.name
+
+
+def test_a_part_whose_worker_is_lost_is_done_again(cluster: Cluster, tmp_path: Path) -> None:
+    assert cluster.map(die_once, [tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+
+
+def always_die(part: int, report: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_that_keep_dying_are_an_error(cluster: Cluster) -> None:
+    with pytest.raises(MinitronError, match="a worker was lost"):
+        cluster.map(always_die, [0])
+
+
+def refuse(part: int, report: Any) -> None:
+    if part == 1:
+        raise MinitronError("part 1 cannot be done")
+    time.sleep(60)
+
+
+def test_a_failure_ends_the_others(cluster: Cluster) -> None:
+    started = time.monotonic()
+    with pytest.raises(MinitronError, match="part 1 cannot be done"):
+        cluster.map(refuse, [0, 1])
+    assert time.monotonic() - started < 30
+    assert [value for value, _, _ in cluster.map(square, [2], 3)] == [8]  # the slots are free again
+
+
+def sleep(part: int, report: Any) -> None:
+    time.sleep(60)
+
+
+def test_a_stop_ends_all_parts(tmp_path: Path, cluster: Cluster) -> None:
+    asked = threading.Timer(1.0, cluster.stop.request)
+    asked.start()
+    with pytest.raises(Interrupted):
+        cluster.map(sleep, [0, 1, 2])

@@ -1,0 +1,116 @@
+"""Fingerprints: every input changes them, and nothing else does, so that runs can share stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_ray.core.loading import load
+from minitron_ray.experiment import Experiment
+from minitron_ray.plan import (
+    Inputs,
+    experiment_fingerprint,
+    make_plan,
+    run_fingerprint,
+    stage_fingerprint,
+    stage_fingerprints,
+)
+from minitron_ray.plan import identity as module
+from minitron_ray.weights.fetch import given_config
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+SHAPE = """
+name: fixed
+teacher: {path: ./teacher}
+data: {source: {kind: files, path: t}, sequence_length: 32}
+shape: {layers: 3, mlp: 64}
+distill: {tokens: 16_384}
+"""
+FOUND = Inputs(teacher="t", data="d")
+
+
+@pytest.fixture
+def marks(tmp_path: Path, tiny_llama: Path) -> Any:
+    """Fingerprints by stage of the fixed shape under `--set` options."""
+    path = tmp_path / "x.yaml"
+    path.write_text(SHAPE)
+    config = json.loads((tiny_llama / "config.json").read_text())
+
+    def of(*overrides: str, inputs: Inputs = FOUND) -> dict[str, str]:
+        return stage_fingerprints(make_plan(load(path, Experiment, overrides)[0], config), inputs)
+
+    return of
+
+
+def differing(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    return {stage for stage in one.keys() | other.keys() if one.get(stage) != other.get(stage)}
+
+
+STUDENT = {"distill", "evaluate", "export"}
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("name=other", set()),
+        ("seed=1", STUDENT),
+        ("shape.layers=2", STUDENT),
+        ("cut.merge_heads=mean", STUDENT),
+        ("distill.tokens=32k", STUDENT),
+        ("export.dtype=float32", {"export"}),
+        ("export.as=mistral", {"teacher", *STUDENT}),
+        ("data.validation=8", {"teacher", *STUDENT}),
+        ("data.calibration=8", {"importance", "teacher", *STUDENT}),
+        ("importance.width={kind: activation, batch: mean}", {"importance", *STUDENT}),
+        ("precision=float32", {"importance", "teacher", *STUDENT}),
+    ],
+)
+def test_a_change_reaches_the_stages_that_read_it_and_no_other(
+    marks: Any, override: str, stages: set[str]
+) -> None:
+    assert differing(marks(), marks(override)) == stages
+
+
+def test_metrics_that_were_measured_together_share_the_scores_and_not_the_students(marks: Any) -> None:
+    one, other = (
+        marks(f"importance.width={{kind: activation, batch: {name}, gather: all}}") for name in ("mean", "l2")
+    )
+    assert differing(one, other) == STUDENT
+
+
+def test_another_text_or_teacher_changes_every_stage(marks: Any) -> None:
+    for inputs in (Inputs(teacher="t", data="e"), Inputs(teacher="u", data="d")):
+        assert differing(marks(), marks(inputs=inputs)) == set(marks())
+
+
+def test_iterative_importance_is_another_for_each_shape(marks: Any) -> None:
+    rounds = "importance.iterations=2"
+    assert "importance" in differing(marks(rounds), marks(rounds, "shape.layers=2"))
+
+
+def test_without_a_distillation_the_student_is_the_cut(marks: Any) -> None:
+    assert set(marks()) - set(marks("distill=null")) == {"distill"}
+    assert differing(marks("distill=null"), marks("distill=null", "shape.mlp=48")) == {"evaluate", "export"}
+
+
+def test_the_fingerprint_follows_what_decides_the_result_only() -> None:
+    def paper(*overrides: str) -> Experiment:
+        return load(EXPERIMENTS / "15b_to_8b.yaml", Experiment, overrides)[0]
+
+    config = given_config(paper().teacher.config, EXPERIMENTS)
+    inline, seeded = paper("teacher.config=" + json.dumps(config)), paper("seed=1")
+    assert experiment_fingerprint(paper()) == experiment_fingerprint(inline)
+    assert experiment_fingerprint(paper()) != experiment_fingerprint(seeded)
+    plan = make_plan(paper(), config or {})
+    assert run_fingerprint(plan, FOUND) != run_fingerprint(plan, Inputs(teacher="t", data="e"))
+
+
+def test_a_stages_fingerprint_follows_all_of_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    base: dict[str, Any] = {"stage": "search", "fields": {"a": 1}, "needs": ["x"], "data": "d"}
+    changes = [{"fields": {"a": 2}}, {"needs": ["y"]}, {"data": "e"}, {"stage": "distill"}]
+    marks = {stage_fingerprint(**base), *(stage_fingerprint(**(base | change)) for change in changes)}
+    monkeypatch.setattr(module, "VERSIONS", {"search": 99})
+    assert len({stage_fingerprint(**base), *marks}) == 6
