@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from minitron_ray.core.kinds import Section, missing_choice, one_of
 from minitron_ray.core.units import Choices, Count, CountRange, Fraction, SequenceCount, TokenCount
 from minitron_ray.data import DataSource
+from minitron_ray.data.location import is_hub_id
 from minitron_ray.distillation import Loss
 from minitron_ray.distillation.losses.forward_kl import ForwardKL
 from minitron_ray.importance import DepthMetric, WidthMetric
@@ -42,7 +43,7 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _hub_id_has_a_revision(self) -> Self:
-        on_hub = not self.path.startswith(("/", "./", "../", "~", "pypi://"))
+        on_hub = is_hub_id(self.path)
         if on_hub and self.revision is None:
             raise ValueError(
                 f"{self.path} is a hub id, which needs a revision (the 40 hex digits of its commit); "

@@ -142,8 +142,9 @@ def prune(
 
 def _is_local(teacher: str) -> bool:
     """A folder or file here, named without the `./` that would tell it from a hub id."""
-    plain = not teacher.startswith(("/", "./", "../", "~", "pypi://"))
-    return plain and Path(teacher).exists()
+    from minitron_ray.data.location import is_hub_id
+
+    return is_hub_id(teacher) and Path(teacher).exists()
 
 
 def _bytes(size: str) -> int:

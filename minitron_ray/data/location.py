@@ -1,4 +1,4 @@
-"""`pypi://package==version/path/inside`: how a file of a package is named."""
+"""How a model or a text is named: a hub id, a local path, or `pypi://package==version/path/inside`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 
 PREFIX = "pypi://"
+LOCAL = ("/", "./", "../", "~")
+"""What a local path begins with: anything else could be the id of a model on the hub."""
 _FORM = re.compile(r"pypi://([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)/(\S.*)")
 
 
@@ -23,6 +25,11 @@ class PypiLocation:
 
     def __str__(self) -> str:
         return f"{PREFIX}{self.package}=={self.version}/{self.inside}"
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` is neither a local path nor a package's file."""
+    return not path.startswith((*LOCAL, PREFIX))
 
 
 def parse_pypi(text: str) -> PypiLocation:

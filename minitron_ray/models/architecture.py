@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, get_args
 
 Axis = Literal[
     "layers",
@@ -18,18 +18,7 @@ Axis = Literal[
     "positions",
 ]
 
-AXES: Final[tuple[Axis, ...]] = (
-    "layers",
-    "hidden",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "mlp",
-    "experts",
-    "expert_mlp",
-    "vocab",
-    "positions",
-)
+AXES: Final[tuple[Axis, ...]] = get_args(Axis)
 """The named axes of a decoder; a tensor's dimension is a sum of products of them."""
 
 CUT_AXES: Final[tuple[Axis, ...]] = (

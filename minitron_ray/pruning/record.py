@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from minitron_ray import __version__
+from minitron_ray.data.location import is_hub_id
 from minitron_ray.models.architecture import CUT_AXES, Architecture
 from minitron_ray.models.kept import Kept
 from minitron_ray.results.files import write_file
@@ -63,8 +64,7 @@ class CutRecord:
 
     def card(self) -> str:
         """Markdown with the front matter that hubs read. The license is the teacher's to state, not ours."""
-        hub_id = "://" not in self.teacher_path and not self.teacher_path.startswith((".", "/", "~"))
-        base = f"base_model: {self.teacher_path}\n" if hub_id else ""
+        base = f"base_model: {self.teacher_path}\n" if is_hub_id(self.teacher_path) else ""
         teacher, student = sizes(self.teacher), sizes(self.student)
         rows = "\n".join(f"| {axis} | {teacher[axis]:,} | {student[axis]:,} |" for axis in teacher)
         how = {

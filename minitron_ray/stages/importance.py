@@ -35,9 +35,10 @@ def run(context: Context, plan: Plan, setting: Setting) -> tuple[dict[str, Any],
     for number, (label, scored) in enumerate(units.items()):
         _check(label, scored)
         table = scored.with_layers(layers if number == 0 else {}).table(label, section.depth.label)
-        store.append("importance", table.to_pylist(), writer="importance", sequence=number)
+        store.append("importance", table, writer="importance", sequence=number)
         rows += len(table)
-    return {"rows": rows}, f"{rows:,} scores; {_told(read_scores(context))}"
+    chosen = units[section.width_label].with_layers(layers)
+    return {"rows": rows}, f"{rows:,} scores; {_told(chosen)}"
 
 
 def read_scores(context: Context) -> Scores:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from minitron_ray import __version__
+from minitron_ray.data.location import is_hub_id
 from minitron_ray.experiment import Experiment
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.plan import distilled_tokens
@@ -42,8 +43,7 @@ class CardFacts:
 def model_card(facts: CardFacts) -> str:
     """Markdown with the front matter that hubs read. The license is the teacher's to state, not ours."""
     experiment = facts.experiment
-    hub_id = "://" not in experiment.teacher.path and not experiment.teacher.path.startswith((".", "/", "~"))
-    base = f"base_model: {experiment.teacher.path}\n" if hub_id else ""
+    base = f"base_model: {experiment.teacher.path}\n" if is_hub_id(experiment.teacher.path) else ""
     rows = "\n".join(
         f"| {label} | {getattr(facts.teacher, axis):,} | {getattr(facts.student, axis):,} |"
         for axis, label in _AXES

