@@ -296,9 +296,3 @@ def _evaluate(monomials: Monomials, arch: Architecture) -> int:
 
 OPTIONAL_AXES: Final = frozenset({"mlp", "experts", "expert_mlp", "positions"})
 """Axes that a family may lack; they are 0 there."""
-
-HIDDEN_TAPS: Final = (
-    Tap("model.layers.{layer}.input_layernorm", "output"),
-    Tap("model.layers.{layer}.post_attention_layernorm", "output"),
-)
-"""Both norms of every layer; the final norm is not heard, as in the reference implementation."""

@@ -10,10 +10,18 @@ from typing import Any
 from minitron_ray.models.configuration import Attributes
 from minitron_ray.models.family import Family, Tap, Tensor
 from minitron_ray.models.scaling import embedding_at_teachers_scale, final_norm_at_teachers_scale
-
-LAYER = "model.layers.{layer}."
-ATTENTION, MLP = LAYER + "self_attn.", LAYER + "mlp."
-QUERIES, GROUPS = "heads*head_dim", "kv_heads*head_dim"
+from minitron_ray.models.standard import (
+    CARRIED,
+    GATED_MLP,
+    HEAD_NORMS,
+    INPUT_NORM,
+    LAYER,
+    LM_HEAD,
+    OPTIONAL_BIASES,
+    POST_ATTENTION_NORM,
+    PROJECTIONS,
+    TAPS,
+)
 
 
 def mostly_window(config: Mapping[str, Any]) -> list[str]:
@@ -30,45 +38,31 @@ FAMILY = Family(
     causal_lm="Gemma3ForCausalLM",
     tensors=(
         Tensor("model.embed_tokens.weight", ("vocab", "hidden"), rescaled=embedding_at_teachers_scale),
-        Tensor(LAYER + "input_layernorm.weight", ("hidden",)),
-        Tensor(ATTENTION + "q_proj.weight", (QUERIES, "hidden"), makes_heads=True),
-        Tensor(ATTENTION + "k_proj.weight", (GROUPS, "hidden"), makes_heads=True),
-        Tensor(ATTENTION + "v_proj.weight", (GROUPS, "hidden"), makes_heads=True),
-        Tensor(ATTENTION + "o_proj.weight", ("hidden", QUERIES)),
-        Tensor(ATTENTION + "q_proj.bias", (QUERIES,), needs="attention_bias", makes_heads=True),
-        Tensor(ATTENTION + "k_proj.bias", (GROUPS,), needs="attention_bias", makes_heads=True),
-        Tensor(ATTENTION + "v_proj.bias", (GROUPS,), needs="attention_bias", makes_heads=True),
-        Tensor(ATTENTION + "o_proj.bias", ("hidden",), needs="attention_bias"),
-        Tensor(ATTENTION + "q_norm.weight", ("head_dim",)),
-        Tensor(ATTENTION + "k_norm.weight", ("head_dim",)),
-        Tensor(LAYER + "post_attention_layernorm.weight", ("hidden",)),
+        INPUT_NORM,
+        *PROJECTIONS,
+        *OPTIONAL_BIASES,
+        *HEAD_NORMS,
+        POST_ATTENTION_NORM,
         Tensor(LAYER + "pre_feedforward_layernorm.weight", ("hidden",)),
-        Tensor(MLP + "gate_proj.weight", ("mlp", "hidden")),
-        Tensor(MLP + "up_proj.weight", ("mlp", "hidden")),
-        Tensor(MLP + "down_proj.weight", ("hidden", "mlp")),
+        *GATED_MLP,
         Tensor(LAYER + "post_feedforward_layernorm.weight", ("hidden",)),
         Tensor("model.norm.weight", ("hidden",), rescaled=final_norm_at_teachers_scale),
-        Tensor("lm_head.weight", ("vocab", "hidden"), unless="tied"),
+        LM_HEAD,
     ),
     taps={
-        "mlp": (Tap(MLP + "down_proj", "input"),),
-        "heads": (Tap(ATTENTION + "o_proj", "input"),),
+        **TAPS,
         "hidden": (
             Tap(LAYER + "input_layernorm", "output"),
             Tap(LAYER + "pre_feedforward_layernorm", "output"),
         ),
     },
     attributes=Attributes(
-        carried=frozenset(
+        carried=CARRIED
+        | frozenset(
             {
                 "hidden_activation",
-                "max_position_embeddings",
                 "rms_norm_eps",
-                "rope_theta",
                 "rope_local_base_freq",
-                "rope_scaling",
-                "rope_parameters",
-                "attention_dropout",
                 "query_pre_attn_scalar",
                 "sliding_window",
                 "sliding_window_pattern",

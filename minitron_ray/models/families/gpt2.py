@@ -6,6 +6,7 @@ Published checkpoints leave out the prefix `transformer.` and hold masks.
 
 from minitron_ray.models.configuration import Attributes
 from minitron_ray.models.family import Family, Tap, Tensor
+from minitron_ray.models.standard import LM_HEAD
 
 LAYER = "transformer.h.{layer}."
 ATTENTION, MLP = LAYER + "attn.", LAYER + "mlp."
@@ -31,7 +32,7 @@ FAMILY = Family(
         Tensor(MLP + "c_proj.bias", ("hidden",)),
         Tensor("transformer.ln_f.weight", ("hidden",)),
         Tensor("transformer.ln_f.bias", ("hidden",)),
-        Tensor("lm_head.weight", ("vocab", "hidden"), unless="tied"),
+        LM_HEAD,
     ),
     taps={
         "mlp": (Tap(MLP + "c_proj", "input"),),

@@ -6,6 +6,7 @@ Published checkpoints call the LM head `embed_out` and hold masks and frequencie
 
 from minitron_ray.models.configuration import Attributes
 from minitron_ray.models.family import Family, Tap, Tensor
+from minitron_ray.models.standard import LM_HEAD
 
 LAYER = "gpt_neox.layers.{layer}."
 ATTENTION, MLP = LAYER + "attention.", LAYER + "mlp."
@@ -30,7 +31,7 @@ FAMILY = Family(
         Tensor(MLP + "dense_4h_to_h.bias", ("hidden",)),
         Tensor("gpt_neox.final_layer_norm.weight", ("hidden",)),
         Tensor("gpt_neox.final_layer_norm.bias", ("hidden",)),
-        Tensor("lm_head.weight", ("vocab", "hidden"), unless="tied"),
+        LM_HEAD,
     ),
     taps={
         "mlp": (Tap(MLP + "dense_4h_to_h", "input"),),

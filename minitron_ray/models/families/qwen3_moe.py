@@ -4,56 +4,56 @@ Published checkpoints hold each expert's three matrices; the stock model stacks 
 """
 
 from minitron_ray.models.configuration import Attributes
-from minitron_ray.models.family import HIDDEN_TAPS, Family, Tap, Tensor
+from minitron_ray.models.family import Family, Tap, Tensor
+from minitron_ray.models.standard import (
+    CARRIED,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD_NORMS,
+    HEAD_TAPS,
+    HIDDEN_TAPS,
+    INPUT_NORM,
+    LM_HEAD,
+    MLP,
+    OPTIONAL_BIASES,
+    POST_ATTENTION_NORM,
+    PROJECTIONS,
+)
 
-LAYER = "model.layers.{layer}."
-ATTENTION, MLP = LAYER + "self_attn.", LAYER + "mlp."
 EXPERT = MLP + "experts.{expert}."
-QUERIES, GROUPS = "heads*head_dim", "kv_heads*head_dim"
 
 FAMILY = Family(
     model_type="qwen3_moe",
     causal_lm="Qwen3MoeForCausalLM",
     tensors=(
-        Tensor("model.embed_tokens.weight", ("vocab", "hidden")),
-        Tensor(LAYER + "input_layernorm.weight", ("hidden",)),
-        Tensor(ATTENTION + "q_proj.weight", (QUERIES, "hidden"), makes_heads=True),
-        Tensor(ATTENTION + "k_proj.weight", (GROUPS, "hidden"), makes_heads=True),
-        Tensor(ATTENTION + "v_proj.weight", (GROUPS, "hidden"), makes_heads=True),
-        Tensor(ATTENTION + "o_proj.weight", ("hidden", QUERIES)),
-        Tensor(ATTENTION + "q_proj.bias", (QUERIES,), needs="attention_bias", makes_heads=True),
-        Tensor(ATTENTION + "k_proj.bias", (GROUPS,), needs="attention_bias", makes_heads=True),
-        Tensor(ATTENTION + "v_proj.bias", (GROUPS,), needs="attention_bias", makes_heads=True),
-        Tensor(ATTENTION + "o_proj.bias", ("hidden",), needs="attention_bias"),
-        Tensor(ATTENTION + "q_norm.weight", ("head_dim",)),
-        Tensor(ATTENTION + "k_norm.weight", ("head_dim",)),
-        Tensor(LAYER + "post_attention_layernorm.weight", ("hidden",)),
+        EMBEDDING,
+        INPUT_NORM,
+        *PROJECTIONS,
+        *OPTIONAL_BIASES,
+        *HEAD_NORMS,
+        POST_ATTENTION_NORM,
         Tensor(MLP + "gate.weight", ("experts", "hidden")),
         Tensor(EXPERT + "gate_proj.weight", ("expert_mlp", "hidden")),
         Tensor(EXPERT + "up_proj.weight", ("expert_mlp", "hidden")),
         Tensor(EXPERT + "down_proj.weight", ("hidden", "expert_mlp")),
-        Tensor("model.norm.weight", ("hidden",)),
-        Tensor("lm_head.weight", ("vocab", "hidden"), unless="tied"),
+        FINAL_NORM,
+        LM_HEAD,
     ),
     stacks={
         MLP + "experts.gate_up_proj": (EXPERT + "gate_proj.weight", EXPERT + "up_proj.weight"),
         MLP + "experts.down_proj": (EXPERT + "down_proj.weight",),
     },
     taps={
-        "heads": (Tap(ATTENTION + "o_proj", "input"),),
+        "heads": HEAD_TAPS,
         "hidden": HIDDEN_TAPS,
         "experts": (Tap(MLP + "experts", "input"),),
     },
     attributes=Attributes(
-        carried=frozenset(
+        carried=CARRIED
+        | frozenset(
             {
                 "hidden_act",
-                "max_position_embeddings",
                 "rms_norm_eps",
-                "rope_theta",
-                "rope_scaling",
-                "rope_parameters",
-                "attention_dropout",
                 "use_sliding_window",
                 "sliding_window",
                 "max_window_layers",  # without effect: the window is on every layer or on none
