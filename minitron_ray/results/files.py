@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from minitron_ray.core.errors import EnvironmentFailure
+
+_TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def make_folder(path: Path) -> Path:
@@ -43,8 +46,16 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what `write_file` left in a folder when its process was killed. Nobody may be writing there."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from minitron_ray.core.errors import ConfigError
-from minitron_ray.results.files import cannot_write, make_folder, sync_folder, write_json
+from minitron_ray.results.files import cannot_write, make_folder, remove_temporaries, sync_folder, write_json
 from minitron_ray.weights.slicing import Slice
 from minitron_ray.weights.writing import Shard
 
@@ -56,11 +56,15 @@ def read_progress(folder: Path) -> Progress | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder, which is made if needed. Raises ConfigError where another process holds it."""
+    """Holds the folder, which is made if needed, free of what a killed process was writing beside its weights.
+
+    Raises ConfigError where another process holds it.
+    """
     make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_temporaries(folder)
         yield
     except BlockingIOError:
         raise ConfigError(f"{folder} is being written by another process; wait for it, or stop it") from None
@@ -107,7 +111,13 @@ class _Writer:
         self.written = self.total - sum(shard.size for shard in shards)
         self._note()
         wanted = {name for shard in shards for name in shard.places}
-        stream = iter(slices(wanted))
+        try:
+            self._all(shards, iter(slices(wanted)))
+        finally:  # both threads are at their end: what has no name of its own yet never will have
+            for part in self.folder.glob("*.part"):
+                part.unlink(missing_ok=True)
+
+    def _all(self, shards: list[Shard], stream: Iterator[Slice]) -> None:
         with ThreadPoolExecutor(1) as writing, ThreadPoolExecutor(1) as settling:
             settled: list[Future[None]] = []
             for shard in shards:
@@ -136,7 +146,6 @@ class _Writer:
                 future.cancel()
             wait(pending)  # the one that was already running
             file.close()
-            part.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 raise cannot_write(part, error) from error
             raise

@@ -334,7 +334,12 @@ def test_stopped_and_run_again(larger_llama: Path, tmp_path: Path, stop: signal.
     command = [sys.executable, "-m", "minitron_ray", "prune", str(larger_llama), "--importance", "random"]
     command += ["--to", "layers=7,hidden=448,mlp=1280", "--out", str(out), *options]
     command += ["--results", str(tmp_path / "results")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # As from a terminal: a shell's background jobs, and all that they start, ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     while process.poll() is None and len(list(out.glob("*.safetensors"))) < 5:
         time.sleep(0.001)
     os.kill(process.pid, stop)

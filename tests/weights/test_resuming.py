@@ -155,3 +155,12 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
         pass
     with locked(folder):
         pass
+
+
+def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left = tmp_path / f".cut.partial.json.{'0a' * 16}.tmp"
+    others = [tmp_path / ".mine.tmp", tmp_path / "cut.partial.json", tmp_path / f"notes.{'0a' * 16}.tmp"]
+    for path in (left, *others):
+        path.write_bytes(b"{")
+    with locked(tmp_path):
+        assert sorted(tmp_path.iterdir()) == sorted(others)
