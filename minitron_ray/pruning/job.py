@@ -29,6 +29,7 @@ from minitron_ray.results.files import write_json
 from minitron_ray.search.selection import PLAIN, CutRules, select
 from minitron_ray.weights.checkpoint import CONFIG, INDEX, Checkpoint, torch_dtype
 from minitron_ray.weights.companions import copy_companions
+from minitron_ray.weights.device import one_thread
 from minitron_ray.weights.fetch import resolve_teacher
 from minitron_ray.weights.resuming import (
     PROGRESS,
@@ -249,7 +250,8 @@ def _dtype_of(source: _Source) -> str:
 def _write(out: Path, job: _Job, report: Report) -> None:
     """Weight files first, `cut.json` last, so that a folder that has one is complete."""
     try:
-        digests = write_slices(out, job.shards, job.slices, fingerprint=job.fingerprint, report=report)
+        with one_thread():
+            digests = write_slices(out, job.shards, job.slices, fingerprint=job.fingerprint, report=report)
         if len(job.shards) > 1:
             write_json(out / INDEX, index_of(job.shards))
         write_json(out / CONFIG, job.config)

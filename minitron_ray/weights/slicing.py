@@ -145,10 +145,12 @@ def all_finite(values: torch.Tensor) -> bool:
 
     if values.numel() == 0:
         return True
-    bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
-    infinity = torch.tensor(float("inf"), dtype=values.dtype).view(bits.dtype)
-    # Without its sign, a float's bits are ordered as its value. `isfinite` is 20 times as slow.
-    return bool((bits & torch.iinfo(bits.dtype).max).amax() < infinity)
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
+    infinity = torch.tensor(float("inf"), dtype=values.dtype).view(kind).item()
+    # Without its sign, a float's bits are ordered as its value. `isfinite` is many times as slow, torch's
+    # `amax` three times as numpy's.
+    bits = values.view(kind).numpy()
+    return bool((bits & np.iinfo(bits.dtype).max).max() < infinity)
 
 
 def _why_not_finite(source: Checkpoint, tensor: torch.Tensor, job: _Job, dtype: torch.dtype) -> str:
