@@ -204,9 +204,9 @@ class _Job:
             return count == len(self.shards), 0 if count < len(self.shards) else count
         if progress is None or progress.fingerprint != self.fingerprint:
             return False, 0
-        return False, sum(shard.file in progress.digests and is_whole(out, shard) for shard in self.shards)
+        return False, sum(shard.file in progress.whole and is_whole(out, shard) for shard in self.shards)
 
-    def record(self, digests: Mapping[str, str]) -> CutRecord:
+    def record(self) -> CutRecord:
         request, family = self.request, self.source.family
         return CutRecord(
             fingerprint=self.fingerprint,
@@ -221,7 +221,7 @@ class _Job:
             importance=self.scored.told,
             rules=request.rules.model_dump(mode="json"),
             kept=self.kept,
-            digests=digests,
+            files={shard.file: len(shard.header) + shard.size for shard in self.shards},
         )
 
     def outcome(self, out: Path, seconds: float, reused: int) -> Pruned:
@@ -251,12 +251,12 @@ def _write(out: Path, job: _Job, report: Report) -> None:
     """Weight files first, `cut.json` last, so that a folder that has one is complete."""
     try:
         with one_thread():
-            digests = write_slices(out, job.shards, job.slices, fingerprint=job.fingerprint, report=report)
+            write_slices(out, job.shards, job.slices, fingerprint=job.fingerprint, report=report)
         if len(job.shards) > 1:
             write_json(out / INDEX, index_of(job.shards))
         write_json(out / CONFIG, job.config)
         copy_companions(job.source.checkpoint.folder, out)
-        record = job.record(digests)
+        record = job.record()
         (out / "README.md").write_text(record.card(), encoding="utf-8")
         record.write(out)
         (out / PROGRESS).unlink()

@@ -35,8 +35,8 @@ class CutRecord:
     importance: Mapping[str, Any]
     rules: Mapping[str, str]
     kept: Kept
-    digests: Mapping[str, str]
-    """sha256 of each weight file."""
+    files: Mapping[str, int]
+    """Bytes of each weight file."""
 
     def write(self, folder: Path) -> None:
         """One key a line, since the kept units of a large model are a long list."""
@@ -58,7 +58,7 @@ class CutRecord:
             "importance": dict(self.importance),
             "cut": dict(self.rules),
             "versions": {"minitron-ray": __version__, **{name: version(name) for name in _PACKAGES}},
-            "sha256": dict(self.digests),
+            "files": dict(self.files),
             "kept": self.kept.as_dict(),
         }
 

@@ -1,23 +1,23 @@
 """`write_slices`: a Hugging Face model folder written file by file, and gone on with after a kill.
 
 While it is being written, `cut.partial.json` says what goes into the folder, and which weight files
-are whole, with their digests. A file gets its name when all its bytes are on the disk; one that was
-being written when the process died is written again.
+are whole. A file gets its name when all its bytes are on the disk; one that was being written when
+the process died is written again. Nothing is hashed: at the speed of a copy, a sha256 of the student
+would take as long as all the rest.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.results.files import cannot_write, make_folder, remove_temporaries, sync_folder, write_json
@@ -41,15 +41,15 @@ class Progress:
 
     fingerprint: str
     """Digest of all that decides the content of the weight files."""
-    digests: Mapping[str, str]
-    """sha256 of each weight file that is whole, by name."""
+    whole: frozenset[str]
+    """Names of the weight files that are whole."""
 
 
 def read_progress(folder: Path) -> Progress | None:
     """None where no write was begun, or it has come to its end."""
     try:
         found = json.loads((folder / PROGRESS).read_bytes())
-        return Progress(fingerprint=found["fingerprint"], digests=dict(found["digests"]))
+        return Progress(fingerprint=found["fingerprint"], whole=frozenset(found["whole"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -79,8 +79,8 @@ def write_slices(
     *,
     fingerprint: str,
     report: Report,
-) -> dict[str, str]:
-    """Writes the weight files that are not whole yet; gives the sha256 of each, by name.
+) -> None:
+    """Writes the weight files that are not whole yet.
 
     `slices` gives the slices of the tensors it is asked for, tensor by tensor in the order of
     `shards`, row by row. `PROGRESS` stays in the folder: who called removes it when all the rest of
@@ -88,22 +88,17 @@ def write_slices(
     raises; RuntimeError where it gives other tensors than `shards` says.
     """
     known = read_progress(folder)
-    done = dict(known.digests) if known is not None and known.fingerprint == fingerprint else {}
-    done = {
-        shard.file: done[shard.file] for shard in shards if shard.file in done and is_whole(folder, shard)
-    }
+    known_whole = known.whole if known is not None and known.fingerprint == fingerprint else frozenset()
+    done = {shard.file for shard in shards if shard.file in known_whole and is_whole(folder, shard)}
     todo = [shard for shard in shards if shard.file not in done]
     _clear(folder, keep=done)
     _Writer(folder, fingerprint, done, sum(shard.size for shard in shards), report).write(todo, slices)
-    return {shard.file: done[shard.file] for shard in shards}
 
 
 class _Writer:
-    """Three at work: the caller's thread cuts, one hashes and writes, one waits for the disk."""
+    """Three at work: the caller's thread cuts, one writes, one waits for the disk."""
 
-    def __init__(
-        self, folder: Path, fingerprint: str, done: dict[str, str], total: int, report: Report
-    ) -> None:
+    def __init__(self, folder: Path, fingerprint: str, done: set[str], total: int, report: Report) -> None:
         self.folder, self.fingerprint, self.done = folder, fingerprint, done
         self.total, self.report, self.written = total, report, 0
 
@@ -131,11 +126,11 @@ class _Writer:
         self, shard: Shard, stream: Iterator[Slice], writing: ThreadPoolExecutor, settling: ThreadPoolExecutor
     ) -> Future[None]:
         part = self.folder / f"{shard.file}.part"
-        file, content = part.open("wb", buffering=0), hashlib.sha256()
-        pending: deque[Future[None]] = deque([writing.submit(self._put, file, content, shard.header)])
+        file = part.open("wb", buffering=0)
+        pending: deque[Future[None]] = deque([writing.submit(self._put, file, shard.header)])
         try:
             for one in _in_order(shard, stream):
-                pending.append(writing.submit(self._put, file, content, one))
+                pending.append(writing.submit(self._put, file, one))
                 if len(pending) > _WAITING:
                     pending[0].result()
                     pending.popleft()
@@ -149,19 +144,17 @@ class _Writer:
             if isinstance(error, OSError):
                 raise cannot_write(part, error) from error
             raise
-        return settling.submit(self._settle, shard, file, part, content.hexdigest())
+        return settling.submit(self._settle, shard, file, part)
 
-    def _put(self, file: IO[bytes], content: Any, values: bytes | torch.Tensor) -> None:
-        data = memoryview(values) if isinstance(values, bytes) else _bytes(values)
-        content.update(data)
-        rest = data
+    def _put(self, file: IO[bytes], values: bytes | torch.Tensor) -> None:
+        data = rest = memoryview(values) if isinstance(values, bytes) else _bytes(values)
         while len(rest):  # a raw file may take less than it is given
             rest = rest[file.write(rest) :]
         if not isinstance(values, bytes):
             self.written += len(data)
             self.report(self.written, self.total)
 
-    def _settle(self, shard: Shard, file: IO[bytes], part: Path, sha256: str) -> None:
+    def _settle(self, shard: Shard, file: IO[bytes], part: Path) -> None:
         try:
             with file:
                 os.fsync(file.fileno())
@@ -169,11 +162,11 @@ class _Writer:
             sync_folder(self.folder)
         except OSError as error:
             raise cannot_write(part, error) from error
-        self.done[shard.file] = sha256
+        self.done.add(shard.file)
         self._note()
 
     def _note(self) -> None:
-        write_json(self.folder / PROGRESS, {"fingerprint": self.fingerprint, "digests": self.done})
+        write_json(self.folder / PROGRESS, {"fingerprint": self.fingerprint, "whole": sorted(self.done)})
 
 
 def _in_order(shard: Shard, stream: Iterator[Slice]) -> Iterator[torch.Tensor]:
@@ -211,11 +204,11 @@ def is_whole(folder: Path, shard: Shard) -> bool:
 
 def discard(folder: Path) -> None:
     """Removes what an unfinished write left behind."""
-    _clear(folder, keep={})
+    _clear(folder, keep=())
     (folder / PROGRESS).unlink(missing_ok=True)
 
 
-def _clear(folder: Path, keep: Mapping[str, str]) -> None:
+def _clear(folder: Path, keep: Container[str]) -> None:
     """Removes weight files that are not whole or not of this cut."""
     for path in [*folder.glob("*.safetensors"), *folder.glob("*.part")]:
         if path.name not in keep:
