@@ -12,24 +12,29 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from minitron_ray.core.bounds import Bounds, ByteBounds, CountBounds
 from minitron_ray.core.kinds import Section, missing_choice, one_of
-from minitron_ray.core.units import Choices, Count, CountRange, Fraction, SequenceCount, TokenCount
+from minitron_ray.core.units import Choices, Fraction, SequenceCount, TokenCount
 from minitron_ray.data import DataSource
 from minitron_ray.data.location import is_hub_id
-from minitron_ray.distillation import Loss
+from minitron_ray.distillation import Loss, SignalKind
 from minitron_ray.distillation.losses.forward_kl import ForwardKL
+from minitron_ray.distillation.signals.auto import Auto
 from minitron_ray.importance import DepthMetric, WidthMetric
 from minitron_ray.importance.depth.block_importance import BlockImportance
 from minitron_ray.importance.width.activation import Activation
+from minitron_ray.models.budget import Band, Limits, Load, Measure
 from minitron_ray.search import Sampler
+from minitron_ray.search.baselines import Baseline
 from minitron_ray.search.samplers.tpe import TPE
 from minitron_ray.search.selection import CutRules
+from minitron_ray.search.serving import Serving
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class Teacher(Section):
-    """The model to learn from and, for now, to cut."""
+    """The model to learn from, and to cut unless there is a `start`."""
 
     path: str
     """Hub id, local folder (starting with `/`, `./`, `../` or `~`), or `pypi://package==version/path`."""
@@ -43,15 +48,47 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _hub_id_has_a_revision(self) -> Self:
-        on_hub = is_hub_id(self.path)
-        if on_hub and self.revision is None:
-            raise ValueError(
-                f"{self.path} is a hub id, which needs a revision (the 40 hex digits of its commit); "
-                f"for a folder beside this file write ./{self.path}"
-            )
-        if self.revision is not None and not on_hub:
-            raise ValueError("a revision belongs to a hub id only; leave it out")
+        _check_revision(self.path, self.revision)
         return self
+
+
+class Start(Section):
+    """The model that is cut, where it is not the teacher: another experiment's student, or any model that
+    shares the teacher's family and vocabulary. Name one of the two."""
+
+    experiment: Name | None = None
+    """Name of the experiment whose best exported student is cut: that of its newest finished run in the
+    results folder, or of its run in the same command."""
+    path: str | None = None
+    """As `teacher.path`."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """As `teacher.revision`."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """As `teacher.sha256`."""
+    config: dict[str, Any] | str | None = None
+    """As `teacher.config`. Beside `experiment` it describes the student that is expected, and only plans
+    made before there is one use it."""
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if (self.experiment is None) == (self.path is None):
+            raise ValueError("name the model to cut by experiment or by path, one of the two")
+        if self.path is None and (self.revision is not None or self.sha256 is not None):
+            raise ValueError("revision and sha256 belong to a path; beside experiment leave them out")
+        if self.path is not None:
+            _check_revision(self.path, self.revision)
+        return self
+
+
+def _check_revision(path: str, revision: str | None) -> None:
+    on_hub = is_hub_id(path)
+    if on_hub and revision is None:
+        raise ValueError(
+            f"{path} is a hub id, which needs a revision (the 40 hex digits of its commit); "
+            f"for a folder beside this file write ./{path}"
+        )
+    if revision is not None and not on_hub:
+        raise ValueError("a revision belongs to a hub id only; leave it out")
 
 
 class Data(Section):
@@ -97,13 +134,53 @@ class Shape(Section):
         return {axis: size for axis in type(self).model_fields if (size := getattr(self, axis)) is not None}
 
 
-class Budget(Section):
-    """How many parameters a student may have: a centre with a tolerance, or a range."""
+class At(Section):
+    """The load that memory and operations are counted for."""
 
-    parameters: Count | CountRange
+    batch: SequenceCount = 1
+    """Sequences in the KV cache."""
+    length: TokenCount | None = None
+    """Tokens of each; null: data.sequence_length."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of weights and cache."""
+
+
+class Budget(Section):
+    """How large a student may be: a centre with a tolerance (`8B`, `8B ± 5%`), a range (`7.8B..8.5B`) or a
+    limit (`<= 22GiB`) for one or more of the three."""
+
+    parameters: CountBounds | None = None
+    memory: ByteBounds | None = None
+    """Weights and KV cache, for the load `at`."""
+    flops: CountBounds | None = None
+    """Operations a token of a forward pass over `at.length` tokens (a multiply-add is two)."""
     tolerance: Fraction = 0.05
-    """Relative half-width of the band around a centre; without meaning for a range."""
+    """Relative half-width of the band around a centre that does not bring its own; without meaning for
+    ranges and limits."""
     count: Literal["total", "non_embedding"] = "total"
+    """Which parameters count."""
+    at: At = At()
+
+    @model_validator(mode="after")
+    def _something_to_keep_to(self) -> Self:
+        if self.parameters is None and self.memory is None and self.flops is None:
+            raise ValueError("name at least one of parameters, memory, flops")
+        return self
+
+    def limits(self, sequence_length: int) -> Limits:
+        """The bands, and the load; `sequence_length` holds where the load does not say one."""
+        counted: Measure = "parameters" if self.count == "total" else "non_embedding_parameters"
+        wanted: tuple[tuple[Measure, Bounds | None], ...] = (
+            (counted, self.parameters),
+            ("memory_bytes", self.memory),
+            ("flops_per_token", self.flops),
+        )
+        return Limits(
+            bands=tuple(
+                Band.of(bounds, self.tolerance, measure) for measure, bounds in wanted if bounds is not None
+            ),
+            load=Load(batch=self.at.batch, length=self.at.length or sequence_length, dtype=self.at.dtype),
+        )
 
 
 class Importance(Section):
@@ -195,22 +272,77 @@ class Retrain(Optimization):
 
 
 class Halving(Section):
-    """Successive halving over distillation tokens."""
+    """Synchronous successive halving over distillation tokens: at a rung, a trial waits for the others of
+    its cohort."""
 
     reduction: Annotated[float, Field(gt=1)] = 2.0
     """One in `reduction` trials goes on past a rung."""
+    cohort: Annotated[int, Field(ge=2)] | None = None
+    """Trials proposed together and halved among themselves. null: all where the sampler does not learn
+    from results (random, exhaustive), else as few as leave `keep` at the last rung,
+    reduction^(rungs - 1) · keep, but at least 4; spread evenly over the trials."""
+
+
+class ZeroShot(Section):
+    """Losses of undistilled cuts, from which the sampler starts.
+
+    Measured before the first trial, where there are more feasible shapes than trials and the sampler
+    can use them.
+    """
+
+    shapes: Annotated[int, Field(ge=1)] = 256
+    """At most so many, taken evenly over the feasible ones."""
+    sequences: SequenceCount = 4
+    """The first so many of the validation sequences, or all where they are fewer."""
 
 
 class Search(Section):
     """Ray Tune and Optuna choose the student's shape by what it becomes after retraining."""
 
     space: Space
+    serving: Serving | None = None
+    """What the engine that will serve the student asks of its shape; null: nothing."""
     sampler: Sampler = TPE()
     trials: Annotated[int, Field(ge=1)] = 8
+    zero_shot: ZeroShot | None = ZeroShot()
     halving: Halving | None = Halving()
     retrain: Retrain = Retrain()
-    keep: Annotated[int, Field(ge=1)] = 1
-    """How many of the best go on to distillation."""
+    signal: SignalKind = Auto()
+    """What of the teacher the trials learn from: computed once and stored, or the running teacher."""
+    keep: Annotated[int, Field(ge=1)] | Literal["ties"] = 1
+    """How many of the best go on to distillation, or `ties`: the best and all that the validation
+    sequences do not tell from it (95 %). Trials that halving stopped and that tie are run to the end."""
+    baselines: tuple[Baseline, ...] = ()
+    """What the winner is compared with, each retrained as a trial is: `random` (shapes drawn by lot, for
+    as many tokens as the search spent), `largest_first` (of the 10 largest shapes the one whose
+    undistilled cut is best), `magnitude` (the winner's shape cut by the size of weights), `scratch` (its
+    shape from random weights)."""
+
+    @property
+    def fewest_kept(self) -> int:
+        """How many are distilled at the least: how many tie shows after the search."""
+        return 1 if self.keep == "ties" else self.keep
+
+    @field_validator("baselines")
+    @classmethod
+    def _each_baseline_once(cls, value: tuple[Baseline, ...]) -> tuple[Baseline, ...]:
+        twice = [name for place, name in enumerate(value) if name in value[:place]]
+        if twice:
+            raise ValueError(f"{twice[0]} is named twice; a baseline is run once, remove one of the two")
+        return value
+
+    @field_validator("signal")
+    @classmethod
+    def _a_signal_that_the_loss_takes(cls, value: Any, info: ValidationInfo) -> Any:
+        if not value.sparse or "retrain" not in info.data:
+            return value
+        loss = info.data["retrain"].loss
+        if loss.refuses_sparse is not None:
+            raise ValueError(
+                f"{value.kind} keeps a few probabilities of each token, but the loss {loss.kind} "
+                f"{loss.refuses_sparse}; take final_hidden or online, or another loss in search.retrain"
+            )
+        return value
 
 
 class Distill(Optimization):
@@ -250,6 +382,8 @@ class Experiment(Section):
     """Of forward and backward passes; weights, losses and optimizer stay in float32. `auto` takes
     bfloat16 where the device computes it natively."""
     teacher: Teacher
+    start: Start | None = None
+    """The model that is cut; null: the teacher."""
     data: Data
     shape: Shape | None = None
     budget: Budget | None = None
@@ -258,6 +392,13 @@ class Experiment(Section):
     search: Search | None = None
     distill: Distill | None = None
     export: Export = Export()
+
+    @field_validator("start")
+    @classmethod
+    def _starts_elsewhere(cls, value: Start | None, info: ValidationInfo) -> Start | None:
+        if value is not None and value.experiment is not None and value.experiment == info.data.get("name"):
+            raise ValueError(f"{value.experiment} cannot start from its own student; name another experiment")
+        return value
 
     @field_validator("budget", "search")
     @classmethod

@@ -9,8 +9,19 @@ from minitron_ray.core.errors import Interrupted
 from minitron_ray.core.fingerprint import digest
 from minitron_ray.experiment import Experiment
 from minitron_ray.plan import Plan, check_same_model, distilled_tokens, make_plan, stage_fingerprints
-from minitron_ray.stages import distill, evaluate, export, importance, search, teacher
+from minitron_ray.stages import (
+    baselines,
+    choice,
+    distill,
+    evaluate,
+    export,
+    importance,
+    search,
+    teacher,
+    zero_shot,
+)
 from minitron_ray.stages.context import Context
+from minitron_ray.stages.hardware import cost_rows
 from minitron_ray.stages.prepare import Prepared
 from minitron_ray.weights.fetch import given_config
 
@@ -40,6 +51,8 @@ def _stages(context: Context, plan: Plan, marks: dict[str, str]) -> None:
     experiment, ready = context.experiment, context.ready
     setting, validation = ready.setting, experiment.data.validation
     context.run.store.append("candidates", [row.row() for row in plan.rows], writer="space", sequence=0)
+    planned = cost_rows(context.cluster.settings, context.cache, plan)
+    context.run.store.append("costs", planned, writer="plan", sequence=0)
     context.stage(
         "importance",
         marks["importance"],
@@ -64,6 +77,7 @@ def _stages(context: Context, plan: Plan, marks: dict[str, str]) -> None:
         total=validation * measured,
         unit="sequences",
     )
+    choice.conclude(plan, context.run.store)  # once more, with baselines and distilled students
     if "export" in plan.stages:
         context.stage("export", marks["export"], lambda: export.run(context, plan, setting, chosen, folders))
 
@@ -73,6 +87,10 @@ def _chosen(context: Context, plan: Plan, marks: dict[str, str], signal: str | N
     if plan.fixed is not None:
         return [plan.fixed.candidate.id]
     setting = context.ready.setting
+    if "zero_shot" in plan.stages:
+        context.stage(
+            "zero_shot", marks["zero_shot"], lambda: zero_shot.run(context, plan, setting), unit="cuts"
+        )
     found: list[str] = context.stage(
         "search",
         marks["search"],
@@ -80,6 +98,14 @@ def _chosen(context: Context, plan: Plan, marks: dict[str, str], signal: str | N
         total=plan.trials,
         unit="trials",
     )["chosen"]
+    choice.conclude(plan, context.run.store)
+    if "baselines" in plan.stages:
+        context.stage(
+            "baselines",
+            marks["baselines"],
+            lambda: baselines.run(context, plan, setting, signal, found[0]),
+            unit="tokens",
+        )
     return found
 
 
@@ -99,8 +125,16 @@ def _distilled(context: Context, plan: Plan, marks: dict[str, str], chosen: list
 
 
 def plan_for(experiment: Experiment, base: Path, ready: Prepared) -> Plan:
-    """The plan for the teacher that was found. Raises ConfigError where the experiment describes another."""
+    """The plan for the models that were found. Raises ConfigError where the experiment describes others.
+
+    Beside `start.experiment` a config only says what was expected before the student was there.
+    """
     given = given_config(experiment.teacher.config, base)
     if given is not None:
         check_same_model(given, ready.config)
-    return make_plan(experiment, ready.config)
+    start = experiment.start
+    if start is not None and start.path is not None and ready.start is not None:
+        given = given_config(start.config, base, "start")
+        if given is not None:
+            check_same_model(given, ready.start.config, "start")
+    return make_plan(experiment, ready.config, ready.start)

@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,10 +23,11 @@ from minitron_ray.execution.ray_start import check_reachable, cluster_address
 from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.execution.stop import StopSignal
 from minitron_ray.experiment import Experiment
-from minitron_ray.plan import make_plan, run_fingerprint, stages_of
+from minitron_ray.plan import StartConfig, make_plan, run_fingerprint, stages_of
 from minitron_ray.results.cache import Cache
 from minitron_ray.results.run import Run
 from minitron_ray.results.runs import resolve_run
+from minitron_ray.stages.start import NO_RUNS
 from minitron_ray.weights.fetch import given_config
 
 _PACKAGES = ("minitron-ray", "torch", "transformers", "ray", "optuna", "pyarrow", "safetensors", "numpy")
@@ -62,11 +63,17 @@ def read_experiments(paths: Iterable[Path], overrides: tuple[str, ...]) -> list[
 
 
 def check_plan(loaded: Loaded) -> None:
-    """Plans for the teacher that the experiment describes, so that a budget out of reach is said before
+    """Plans for the models that the experiment describes, so that a budget out of reach is said before
     anything is fetched. Raises ConfigError."""
-    config = given_config(loaded.experiment.teacher.config, loaded.base)
-    if config is not None:
-        make_plan(loaded.experiment, config)
+    experiment, base = loaded.experiment, loaded.base
+    config = given_config(experiment.teacher.config, base)
+    if experiment.start is None:
+        if config is not None:
+            make_plan(experiment, config)
+        return
+    start = given_config(experiment.start.config, base, "start")
+    if config is not None and start is not None:
+        make_plan(experiment, config, StartConfig(config=start, source="start.config"))
 
 
 def cluster_settings(path: Path | None, address: str | None) -> ClusterSettings:
@@ -75,14 +82,33 @@ def cluster_settings(path: Path | None, address: str | None) -> ClusterSettings:
     return settings if address is None else settings.model_copy(update={"address": address})
 
 
-def launch(loaded: Loaded, results: Path, settings: ClusterSettings, *, quiet: bool, as_json: bool) -> None:
+def launch(
+    loaded: Loaded,
+    results: Path,
+    settings: ClusterSettings,
+    *,
+    quiet: bool,
+    as_json: bool,
+    runs: Mapping[str, str] = NO_RUNS,
+) -> Run:
     """Prepares, opens (or resumes) the run, drives it with a live view on stderr, and prints the ranking."""
-    run = drive(loaded, results, settings, quiet=quiet)
+    run = drive(loaded, results, settings, quiet=quiet, runs=runs)
     _show(results.expanduser().resolve(), run, as_json)
+    return run
 
 
-def drive(loaded: Loaded, results: Path, settings: ClusterSettings, *, quiet: bool) -> Run:
+def drive(
+    loaded: Loaded,
+    results: Path,
+    settings: ClusterSettings,
+    *,
+    quiet: bool,
+    runs: Mapping[str, str] = NO_RUNS,
+) -> Run:
     """Prepares, opens (or resumes) the run and drives it to its end, with a live view on stderr.
+
+    An experiment that starts from another's student takes that of the run in `runs` (run ids by
+    experiment), else of the newest.
 
     Raises what a stage raised; Interrupted when the user asked to stop.
     """
@@ -103,7 +129,7 @@ def drive(loaded: Loaded, results: Path, settings: ClusterSettings, *, quiet: bo
             stack.enter_context(stop.installed())
             if address := cluster_address(settings):
                 check_reachable(address)  # before anything is fetched
-            ready = prepare(experiment, loaded.base, cache, events, stop, settings.micro_batch)
+            ready = prepare(experiment, loaded.base, cache, events, stop, settings.micro_batch, runs)
             plan = plan_for(experiment, loaded.base, ready)
             run = Run.open(
                 results,

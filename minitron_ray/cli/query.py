@@ -20,8 +20,8 @@ def query(sql: str, results: Path, format: str) -> None:
     """Run one SELECT over the tables of all runs.
 
     \b
-    Tables: runs, stages, importance, candidates, trials, steps,
-    sequence_losses, evaluations, exports. `DESCRIBE trials` lists columns.
+    Tables: runs, stages, costs, importance, candidates, zero_shot, trials, steps, sequence_losses,
+    evaluations, comparisons, rank_correlations, lessons, exports. `DESCRIBE trials` lists columns.
     """
     from minitron_ray.results import query as sql_over
 

@@ -28,7 +28,6 @@ _LARGEST: Final = 2**63 - 1
 _MOST_CHOICES: Final = 10_000
 
 _COUNT: Final = "a count (90M, 1.8B, 7_000)"
-_COUNT_RANGE: Final = "a range of counts (7.8B..8.5B)"
 _FRACTION: Final = "a share (5%, 0.05)"
 _TOKENS: Final = "a number of tokens (16k tokens, 16384)"
 _SEQUENCES: Final = "a number of sequences (32 sequences, 32)"
@@ -153,41 +152,6 @@ def _schema(
         json_schema_input_schema=written,
         serialization=core_schema.plain_serializer_function_ser_schema(dump, return_schema=written),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CountRange:
-    """All counts from `low` to `high`, both included: `7.8B..8.5B`."""
-
-    low: int
-    high: int
-
-    @classmethod
-    def parse(cls, value: Any) -> CountRange:
-        """Read `7.8B..8.5B`. Raises PydanticCustomError."""
-        if not isinstance(value, str) or ".." not in value:
-            raise _shape(_COUNT_RANGE, value)
-        match = _RANGE.fullmatch(value.strip())
-        if match is None or match[3]:
-            raise _value(f"expected {_COUNT_RANGE}, found {show(value)}")
-        low, high = (_end(end, value) for end in (match[1], match[2]))
-        if low > high:
-            raise _value(f"the range {show(value)} ends below its start; write {match[2]}..{match[1]}")
-        return cls(low=low, high=high)
-
-    def __str__(self) -> str:
-        return f"{self.low}..{self.high}"
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return _schema(cls, cls.parse, str, core_schema.str_schema(pattern=r"\.\."))
-
-
-def _end(end: str, whole: str) -> int:
-    try:
-        return _count(end)
-    except PydanticCustomError as error:
-        raise _value(f"{error.message()} in {show(whole)}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

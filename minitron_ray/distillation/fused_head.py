@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minitron_ray.distillation.loss import DistillationLoss
+from minitron_ray.distillation.targets import SparseTargets
 from minitron_ray.weights.vocabulary import capped, chunks
 
 
@@ -24,6 +25,7 @@ class _FusedHead(torch.autograd.Function):
         head: Tensor,
         teacher_hidden: Tensor | None,
         teacher_head: Tensor | None,
+        sparse: SparseTargets | None,
         labels: Tensor,
         loss: DistillationLoss,
         dtype: torch.dtype,
@@ -41,11 +43,14 @@ class _FusedHead(torch.autograd.Function):
                 logits = capped((states[part] @ weight.T).float(), softcap)
                 # The loss may overwrite the logits.
                 slope = None if softcap is None or not training else 1 - (logits / softcap) ** 2
-                teacher_logits = None
-                if loss.needs_teacher and teacher_hidden is not None and teacher_weight is not None:
-                    raw = (teacher_hidden[part].to(dtype) @ teacher_weight.T).float()
-                    teacher_logits = capped(raw, teacher_softcap)
-                values, gradient = loss.value_and_gradient(logits, teacher_logits, labels[part])
+                if sparse is not None:
+                    values, gradient = loss.sparse_value_and_gradient(logits, sparse.part(part), labels[part])
+                else:
+                    teacher_logits = None
+                    if loss.needs_teacher and teacher_hidden is not None and teacher_weight is not None:
+                        raw = (teacher_hidden[part].to(dtype) @ teacher_weight.T).float()
+                        teacher_logits = capped(raw, teacher_softcap)
+                    values, gradient = loss.value_and_gradient(logits, teacher_logits, labels[part])
                 total += values.sum()
                 if states_gradient is not None and weight_gradient is not None:
                     gradient = (gradient if slope is None else gradient * slope).to(dtype)
@@ -64,7 +69,7 @@ class _FusedHead(torch.autograd.Function):
         return (
             (states_gradient * scale).to(hidden_dtype),
             (weight_gradient * scale).to(head_dtype),
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 
@@ -78,12 +83,14 @@ def fused_head_loss(
     teacher_head: Tensor | None = None,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
+    sparse: SparseTargets | None = None,
 ) -> Tensor:
     """The loss summed over the predictions of a batch, float32 scalar; differentiable by `hidden` and `head`.
 
     `hidden` (samples, tokens, hidden) and `head` (vocabulary, hidden) are the student's,
     `teacher_hidden` and `teacher_head` the teacher's (another hidden size, the same vocabulary).
     Each sequence of T tokens has T - 1 predictions. The soft caps are of either model's logits.
+    `sparse` stands for the teacher in place of `teacher_hidden`: (samples, tokens - 1, slots).
     """
     flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     flat_teacher = None
@@ -91,5 +98,14 @@ def fused_head_loss(
         flat_teacher = teacher_hidden[:, :-1].reshape(-1, teacher_hidden.shape[-1])
     labels = input_ids[:, 1:].reshape(-1)
     return _FusedHead.apply(
-        flat, head, flat_teacher, teacher_head, labels, loss, dtype, softcap, teacher_softcap
+        flat,
+        head,
+        flat_teacher,
+        teacher_head,
+        None if sparse is None else sparse.flat(),
+        labels,
+        loss,
+        dtype,
+        softcap,
+        teacher_softcap,
     )

@@ -23,6 +23,7 @@ from minitron_ray.data.batches import rank_slice
 from minitron_ray.distillation.fused_head import fused_head_loss
 from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.schedule import Schedule
+from minitron_ray.distillation.targets import SparseTargets
 from minitron_ray.distillation.teacher import TeacherSignal
 from minitron_ray.weights.device import autocast
 from minitron_ray.weights.headless import Headless
@@ -158,14 +159,15 @@ def _accumulate(
         weight = 1.0 if len(indices) else 0.0  # a rank without a sequence keeps step with the others
         indices = indices if len(indices) else batch[:1]
         ids = torch.from_numpy(data.sequences(indices)).to(share.device)
-        hidden = teacher.hidden(indices.tolist(), ids) if teacher and recipe.loss.needs_teacher else None
+        targets = teacher.targets(indices.tolist(), ids) if teacher and recipe.loss.needs_teacher else None
         use = partial(
             fused_head_loss,
             input_ids=ids,
             loss=recipe.loss,
             dtype=share.dtype,
-            teacher_hidden=hidden,
-            teacher_head=teacher.head if teacher and hidden is not None else None,
+            teacher_hidden=targets if isinstance(targets, Tensor) else None,
+            teacher_head=teacher.head if teacher and isinstance(targets, Tensor) else None,
+            sparse=targets if isinstance(targets, SparseTargets) else None,
             softcap=student.softcap,
             teacher_softcap=teacher.softcap if teacher else None,
         )

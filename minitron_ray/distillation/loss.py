@@ -10,6 +10,8 @@ from minitron_ray.core.kinds import Plugin
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from minitron_ray.distillation.targets import SparseTargets
+
 
 class DistillationLoss(Plugin):
     """A loss per token on logits, with its gradient in closed form.
@@ -33,6 +35,20 @@ class DistillationLoss(Plugin):
         `teacher` is None where `needs_teacher` is false; `labels` are the next tokens, int64 (tokens,).
         """
 
+    @property
+    def refuses_sparse(self) -> str | None:
+        """Why a few of the teacher's probabilities are not enough, after "it "; None where they are."""
+        return "compares whole distributions"
+
+    def sparse_value_and_gradient(
+        self, student: Tensor, targets: SparseTargets, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`value_and_gradient` with a few of the teacher's probabilities (tokens, slots) in place of its logits.
+
+        Raises ValueError where `refuses_sparse`.
+        """
+        raise ValueError(f"{self.kind} {self.refuses_sparse}")  # type: ignore[attr-defined]
+
     def divided(
         self, student: Tensor, teacher: Tensor | None, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
@@ -50,3 +66,13 @@ def by_logits(probabilities: Tensor, gradient: Tensor, temperature: float) -> Te
     gradient = gradient.mul_(probabilities)
     gradient.addcmul_(probabilities, gradient.sum(-1, keepdim=True), value=-1.0)
     return gradient if temperature == 1.0 else gradient.div_(temperature)
+
+
+def distribution(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (tokens, vocabulary) and the logarithm of each row's sum of exponentials (tokens,).
+
+    log p = logit - log sum: one pass of exponentials for both, where log_softmax and exp make two.
+    """
+    probabilities = logits.softmax(-1)
+    # The likeliest has at least 1 / vocabulary, so that its logarithm is exact.
+    return probabilities, logits.amax(-1) - probabilities.amax(-1).log()

@@ -1,22 +1,41 @@
-"""The teacher's signal: its final hidden states, computed as needed or read from a file.
+"""The teacher as students see it: running beside them, or read from what was stored of it.
 
-Final hidden states are exact (the LM head turns them back into logits) and cost `hidden` values a
-token instead of `vocabulary`. Written once for the sequences that every candidate is trained and
-judged on, they save each of them the teacher's forward pass.
+Whoever measures a student gets the final hidden states, which are exact. Whoever trains one gets
+`targets`: final hidden states too, or a few probabilities a token (see `signals/`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from os import path
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import Tensor
 
+from minitron_ray.distillation import SignalKind
+from minitron_ray.distillation.blocks import open_block, write_block
+from minitron_ray.distillation.signal import StoredSignal
+from minitron_ray.distillation.signals.final_hidden import FinalHidden
+from minitron_ray.distillation.targets import SparseTargets
 from minitron_ray.weights.headless import Headless, final_hidden
+
+EXACT: Final = FinalHidden()
+"""The signal that losses are measured with."""
+_PARTS: Final = "signal.json"
+_SEQUENCES: Final = "sequences.npy"
+_OPEN_BLOCKS: Final = 64
+"""Blocks that stay mapped; training goes through them in order."""
+
+Targets: TypeAlias = Tensor | SparseTargets
+"""Final hidden states (samples, tokens, hidden), or sparse targets (samples, tokens - 1, slots)."""
 
 
 class TeacherSignal(Protocol):
@@ -31,6 +50,9 @@ class TeacherSignal(Protocol):
 
     def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
         """Final hidden states (samples, tokens, hidden) of the sequences with these indices and tokens."""
+
+    def targets(self, indices: Sequence[int], input_ids: Tensor) -> Targets:
+        """What a student is trained with on these sequences."""
 
 
 class OnlineTeacher:
@@ -54,15 +76,31 @@ class OnlineTeacher:
     def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
         return self._model(input_ids, final_hidden)
 
+    def targets(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
+        return self.hidden(indices, input_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignalBlock:
+    """A block of a stored signal, and the sequences that it holds, in their order."""
+
+    folder: Path
+    signal: StoredSignal
+    sequences: Sequence[int]
+
 
 class StoredTeacher:
-    """Reads what `store_hidden` wrote, memory-mapped. `head` and `softcap` come from the teacher's checkpoint."""
+    """Reads what `write_signal` listed, memory-mapped. `head` and `softcap` come from the teacher's checkpoint."""
 
     def __init__(self, folder: Path, head: Tensor, softcap: float | None = None) -> None:
         self._head, self._softcap = head, softcap
-        self._rows = {int(index): row for row, index in enumerate(np.load(folder / "indices.npy"))}
-        self._bits = np.load(folder / "hidden.npy", mmap_mode="r")
-        self._dtype = getattr(torch, json.loads((folder / "signal.json").read_text())["dtype"])
+        self._blocks = list(read_signal(folder))
+        self._places = {
+            int(sequence): (number, row)
+            for number, block in enumerate(self._blocks)
+            for row, sequence in enumerate(block.sequences)
+        }
+        self._open = lru_cache(maxsize=_OPEN_BLOCKS)(open_block)
 
     @property
     def head(self) -> Tensor:
@@ -73,39 +111,85 @@ class StoredTeacher:
         return self._softcap
 
     def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
-        rows = self._bits[[self._rows[int(index)] for index in indices]]
-        return torch.from_numpy(rows).view(self._dtype).to(input_ids.device)
+        """Raises ValueError for sequences of which something else is stored: losses would not be exact."""
+        signal = self._signal(indices)
+        if signal != EXACT:
+            raise ValueError(
+                f"of sequence {indices[0]} is stored {signal.label}, not the final hidden states"
+            )
+        found = self.targets(indices, input_ids)
+        assert isinstance(found, Tensor)
+        return found
+
+    def targets(self, indices: Sequence[int], input_ids: Tensor) -> Targets:
+        signal, rows = self._signal(indices), []
+        for index in indices:
+            number, row = self._places[int(index)]
+            rows.append(signal.row(self._open(self._blocks[number].folder), row))
+        return signal.decode(rows, input_ids.device)
+
+    def _signal(self, indices: Sequence[int]) -> StoredSignal:
+        """The kind that all of these sequences have. Raises KeyError for one that has none."""
+        kinds = [self._blocks[self._places[int(index)][0]].signal for index in indices]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ValueError(f"one batch holds sequences of {kinds[0].label} and of another kind")
+        return kinds[0]
 
 
-def store_hidden(
-    teacher: Headless,
-    sequences: Callable[[np.ndarray], np.ndarray],
-    indices: np.ndarray,
+def write_signal(folder: Path, blocks: Sequence[SignalBlock]) -> None:
+    """List the blocks of a signal in `folder`; they are named relative to it."""
+    parts = [
+        {
+            "block": path.relpath(block.folder, folder),
+            "signal": block.signal.model_dump(mode="json"),
+            "sequences": len(block.sequences),
+        }
+        for block in blocks
+    ]
+    numbers: NDArray = np.concatenate([np.asarray(block.sequences, dtype=np.int64) for block in blocks])
+    np.save(folder / _SEQUENCES, numbers)
+    (folder / _PARTS).write_text(json.dumps(parts, indent=1) + "\n")
+
+
+def read_signal(folder: Path) -> Iterator[SignalBlock]:
+    """What `write_signal` listed."""
+    kind: TypeAdapter[StoredSignal] = TypeAdapter(SignalKind)
+    numbers, start = np.load(folder / _SEQUENCES), 0
+    for part in json.loads((folder / _PARTS).read_text()):
+        stop = start + part["sequences"]
+        yield SignalBlock(
+            folder=folder / part["block"],
+            signal=kind.validate_python(part["signal"]),
+            sequences=numbers[start:stop].tolist(),
+        )
+        start = stop
+
+
+def compute_block(
+    block: SignalBlock,
     folder: Path,
+    teacher: Headless,
+    sequences: Callable[[NDArray], NDArray],
+    *,
     dtype: torch.dtype,
     batch: int,
-    progress: Callable[[int], None],
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write the final hidden states of the sequences `indices` to `folder`.
+    """Run the teacher on a block's sequences and write what its signal keeps to `folder`.
 
-    `sequences(indices)` gives the tokens, int64 (n, tokens); `progress` is called with the number
-    of sequences done so far. numpy has no bfloat16: its bits are stored as int16.
+    `sequences(indices)` gives the tokens, int64 (n, tokens); `progress` is called with the number of
+    sequences done so far. Final hidden states are rounded to `dtype`, that of the computation.
     """
-    bits = torch.int16 if dtype == torch.bfloat16 else torch.float32
-    device = teacher.head.device
-    file = None
-    for start in range(0, len(indices), batch):
-        chosen = indices[start : start + batch]
-        with torch.no_grad():
-            hidden = teacher(torch.from_numpy(sequences(chosen)).to(device), final_hidden)
-        values = hidden.to(dtype).contiguous().view(bits).cpu().numpy()
-        if file is None:
-            file = np.lib.format.open_memmap(
-                folder / "hidden.npy", mode="w+", dtype=values.dtype, shape=(len(indices), *values.shape[1:])
-            )
-        file[start : start + len(chosen)] = values
-        progress(start + len(chosen))
-    if file is not None:
-        file.flush()
-    np.save(folder / "indices.npy", indices)
-    (folder / "signal.json").write_text(json.dumps({"dtype": str(dtype).removeprefix("torch.")}))
+    device, numbers = teacher.head.device, np.asarray(block.sequences, dtype=np.int64)
+    head = teacher.head.detach().to(dtype)
+
+    def batches() -> Iterator[dict[str, NDArray]]:
+        for start in range(0, len(numbers), batch):
+            chosen = numbers[start : start + batch]
+            with torch.no_grad():
+                hidden = teacher(torch.from_numpy(sequences(chosen)).to(device), final_hidden).to(dtype)
+                yield block.signal.encode(hidden, head, teacher.softcap, chosen.tolist(), seed)
+            progress(start + len(chosen))
+
+    write_block(folder, batches())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,16 @@ from minitron_ray.execution.stop import StopSignal
 
 _RETRIES = 2
 """Of a task whose worker is lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSize:
+    """A group of processes, and what each of them reserves. Picklable."""
+
+    workers: int
+    each: Resources
+    storage: Path
+    """Where Ray Train keeps its own state; every node must see it."""
 
 
 class Cluster:
@@ -65,7 +76,7 @@ class Cluster:
                 self._session = Path(str(info["session_dir"]))
                 link_logs(self._session, self.folder / "logs")
             self._hub = Hub(self.events.emit)
-            self.workers(), self.trial()  # what does not fit is said before anything is computed
+            self.workers(), self.trial_group()  # what does not fit is said before anything is computed
         return self._hub
 
     @property
@@ -100,9 +111,25 @@ class Cluster:
             )
         return workers
 
+    def trial_group(self) -> GroupSize | None:
+        """What a search trial of several processes is made of; None where it is one.
+
+        Raises EnvironmentFailure where not even one such trial fits.
+        """
+        workers, each = self.settings.trial_workers, self.trial()
+        if workers == 1:
+            return None
+        if workers > _room(each):
+            raise EnvironmentFailure(
+                f"a search trial of {workers} workers with {each.cpus} CPUs and {each.gpus} GPUs each does not fit "
+                f"a cluster of {self.cpus} CPUs and {self.gpus} GPUs; lower `trial_workers` in the cluster file"
+            )
+        return GroupSize(workers=workers, each=each, storage=self.storage.resolve())
+
     def concurrent_trials(self) -> int:
-        each = self.trial()
-        room = _room(each)
+        """Trials at a time: never more than have all of their processes at once, or they would wait for
+        one another for ever."""
+        room = _room(self.trial()) // self.settings.trial_workers
         return max(1, min(self.settings.concurrent_trials or room, room))
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -40,7 +40,7 @@ class Reporter:
     """A worker's end, pickled into workers. Progress that comes too fast is dropped, nothing else is."""
 
     def __init__(self, mailbox: ActorHandle, part: tuple[int, int] | None = None) -> None:
-        """`part` says of which piece of work this is which part."""
+        """`part` says of which piece of work this is which part: the stage's progress is told with it."""
         self._mailbox = mailbox
         self._part = part
         self._last_push = 0.0
@@ -50,7 +50,7 @@ class Reporter:
         """Tell the driver; progress only if it was told nothing for a quarter of a second."""
         told_just_now = time.monotonic() - self._last_push < _PUSH_INTERVAL_S
         if not (kind.endswith("_progress") and told_just_now):
-            of_part = self._part is not None and kind.endswith("_progress")
+            of_part = self._part is not None and kind == "stage_progress"
             self._push([(kind, fields | ({"part": self._part} if of_part else {}))])
 
     def stop_requested(self) -> bool:

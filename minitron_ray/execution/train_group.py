@@ -14,7 +14,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from minitron_ray.core.errors import MinitronError
-from minitron_ray.execution.cluster import Cluster, root_cause
+from minitron_ray.execution.cluster import Cluster, GroupSize, root_cause
 from minitron_ray.execution.threads import with_threads
 
 _RESTARTS = 2
@@ -38,29 +38,42 @@ def run_group(cluster: Cluster, function: Callable[[Any, Worker], Any], job: Any
     A lost worker restarts the group, and the function must go on from what it saved. Raises what a
     worker raised.
     """
-    workers, each = cluster.workers(), cluster.worker()
-    config = {"function": function, "job": job, "reporter": cluster.hub.reporter(), "threads": each.cpus}
-    trainer = TorchTrainer(
+    size = GroupSize(workers=cluster.workers(), each=cluster.worker(), storage=cluster.storage.resolve())
+    return _fit(_trainer(size, function, job, cluster.hub.reporter()), cluster)
+
+
+def run_group_in_trial(
+    size: GroupSize, function: Callable[[Any, Worker], Any], job: Any, reporter: Any
+) -> Any:
+    """The same from within a search trial's process, which reserves nothing itself. A stop reaches the
+    workers through `reporter`."""
+    return _fit(_trainer(size, function, job, reporter), None)
+
+
+def _trainer(
+    size: GroupSize, function: Callable[[Any, Worker], Any], job: Any, reporter: Any
+) -> TorchTrainer:
+    each = size.each
+    return TorchTrainer(
         _on_worker,
-        train_loop_config=config,
+        train_loop_config={"function": function, "job": job, "reporter": reporter, "threads": each.cpus},
         torch_config=TorchConfig(backend="nccl" if each.gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=size.workers,
             use_gpu=each.gpus > 0,
             resources_per_worker={"CPU": each.cpus, **({"GPU": each.gpus} if each.gpus else {})},
         ),
         run_config=RunConfig(
             # Ray resumes a run of the same name, whatever its configuration: never reuse one.
             name=f"group-{uuid.uuid4().hex[:8]}",
-            storage_path=str((cluster.storage / "train").resolve()),
+            storage_path=str(size.storage / "train"),
             failure_config=FailureConfig(max_failures=_RESTARTS, controller_failure_limit=_START_ATTEMPTS),
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
-    return _fit(cluster, trainer)
 
 
-def _fit(cluster: Cluster, trainer: TorchTrainer) -> Any:
+def _fit(trainer: TorchTrainer, cluster: Cluster | None) -> Any:
     """`fit` in a thread: on the main thread it would replace the SIGINT handler for good."""
     outcome: dict[str, Any] = {}
 
@@ -75,7 +88,7 @@ def _fit(cluster: Cluster, trainer: TorchTrainer) -> Any:
     asked = False
     while thread.is_alive():
         thread.join(timeout=0.2)
-        if cluster.stop.requested and not asked:
+        if cluster is not None and cluster.stop.requested and not asked:
             cluster.hub.request_stop()
             asked = True
     if "error" in outcome:

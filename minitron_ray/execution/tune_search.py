@@ -1,102 +1,98 @@
-"""The search: Ray Tune runs trials, Optuna proposes, successive halving stops the losers.
+"""The search on Ray Tune: trials in cohorts, halved synchronously, each in a process that is used again.
 
-Tune's own snapshots are not used to resume. The tables hold every rung that was reported; a new
-Tuner is started from them (`known`): finished candidates are not proposed again, their losses stand
-in the halving's rungs and in the study, and candidates that were cut off are tried first.
+What to run and where to stop is decided by `search.cohorts`; here are a Tune searcher that hands out
+what it says, and a scheduler that ends a trial where it says so. A trial that must wait at a rung for
+others of its cohort ends for Tune, too, which frees its place: it comes up again as another trial of
+the same candidate, and goes on from its checkpoint. The same way leads on after a kill. Tune's own
+snapshots are not used: all that is known is in the tables.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Final, Protocol
 
 import ray
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
 
 from minitron_ray.core.errors import MinitronError
-from minitron_ray.execution.cluster import Cluster, root_cause
-from minitron_ray.execution.optuna_search import FeasibleSearch, Proposals
+from minitron_ray.execution.cluster import Cluster, GroupSize, root_cause
 from minitron_ray.execution.stop import StopSignal
 from minitron_ray.execution.threads import with_threads
+from minitron_ray.search.cohorts import FINISHED, Cohorts
+from minitron_ray.search.halving import Fate
 
-if TYPE_CHECKING:
-    from optuna.samplers import BaseSampler
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownTrial:
-    """What the tables say of a candidate: (tokens, loss) at its rungs, and whether it had ended."""
-
-    candidate_id: str
-    rungs: tuple[tuple[int, float], ...]
-    ended: bool
+_HEAD: Final = "node:__internal_head__"
+_RESTARTS: Final = 2
+"""Of a trial whose process is lost."""
 
 
 class TrialRecord(Protocol):
     """Hears of every trial, in the driver."""
 
-    def started(self, candidate_id: str) -> None: ...
-    def rung(self, candidate_id: str, result: dict[str, Any]) -> None: ...
-    def ended(self, candidate_id: str, status: str, reason: str | None) -> None:
-        """`status` is completed, stopped (by halving), failed or interrupted."""
+    def rung(self, candidate_id: str, result: dict[str, Any]) -> None:
+        """At every report, also of a rung that was reported before."""
+
+    def ended(self, candidate_id: str, fate: Fate, reason: str | None) -> None:
+        """Once it is decided, which may be while another trial runs; `reason` is that of a failed one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchRequest:
     """`objective(candidate_id, report_rung, reporter)` runs in the trial's process.
 
-    It calls `report_rung(result)` at every rung with the keys `tokens`, `val_loss` and `final`.
+    It calls `report_rung(result)` at every rung with the keys `tokens`, `val_loss` and `final`; called
+    again for a candidate it first reports the rungs that it passed.
     """
 
     objective: Callable[..., None]
-    proposals: Proposals
-    sampler: BaseSampler
-    study: Path
-    trials: int
-    rungs: tuple[int, ...]
-    """Tokens at which a trial reports, ascending; the last one ends it."""
-    reduction: float | None
-    known: tuple[KnownTrial, ...]
+    cohorts: Cohorts
+    cost: Callable[[str, dict[str, Any]], float | None]
+    """The second figure of a candidate with this result; None in a search for one."""
+    group: GroupSize | None = None
+    """The processes that the objective starts for each trial; None where its own is all."""
 
 
 def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) -> None:
-    """Runs trials until `request.trials` have ended (those known included), or the user asks to stop."""
+    """Runs trials until all have ended, or the user asks to stop."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    reporter = cluster.hub.reporter()
-    each = cluster.trial()
-    trainable = tune.with_resources(
-        tune.with_parameters(_trial, objective=request.objective, reporter=reporter, threads=each.cpus),
-        {"CPU": each.cpus, "GPU": each.gpus},
-    )
-    search = FeasibleSearch(request.proposals, request.sampler, request.study, cluster.stop, request.trials)
-    for trial in request.known:
-        search.know(trial.candidate_id, ended=trial.ended)
-    remaining = search.remaining
-    if remaining <= 0:
+    progress = _Progress(request, record)
+    progress.settle()
+    search = CohortSearcher(progress, cluster.stop)
+    if search.over():
         return
-    storage = cluster.storage / "tune"
+    each, group = cluster.trial(), request.group
+    # A trial of several processes only waits for them: it reserves nothing, and stays where the run is.
+    reserved = {"CPU": each.cpus, "GPU": each.gpus} if group is None else {"CPU": 0, _HEAD: 0.001}
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            _trial, objective=request.objective, reporter=cluster.hub.reporter(), threads=each.cpus
+        ),
+        reserved,
+    )
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=_scheduler(request),
-            num_samples=remaining,
+            scheduler=RungScheduler(progress),
+            num_samples=-1,  # the searcher says when it is over
             max_concurrent_trials=cluster.concurrent_trials(),
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             name=f"search-{uuid.uuid4().hex[:8]}",
-            storage_path=str(storage.resolve()),
+            storage_path=str((cluster.storage / "tune").resolve()),
             verbose=0,
-            callbacks=[_Listener(record, cluster.stop)],
-            failure_config=tune.FailureConfig(max_failures=0),
+            callbacks=[_Listener(progress)],
+            failure_config=tune.FailureConfig(max_failures=_RESTARTS),
         ),
     )
     watcher = _StopWatcher(cluster)
@@ -112,8 +108,6 @@ class _StopWatcher:
     """Passes the user's wish to stop on to the trials while `fit` holds the main thread."""
 
     def __init__(self, cluster: Cluster) -> None:
-        import threading
-
         self._closing = threading.Event()
         self._cluster = cluster
         self._thread = threading.Thread(target=self._watch, name="stop-watcher", daemon=True)
@@ -131,59 +125,121 @@ class _StopWatcher:
 
 
 def _trial(config: dict[str, Any], objective: Callable[..., None], reporter: Any, threads: int) -> None:
-    with_threads(threads, objective, config["candidate_id"], tune.report, reporter)
+    """In the trial's process. What the objective raises would come again: it is reported, and not tried anew."""
+    try:
+        with_threads(threads, objective, config["candidate_id"], tune.report, reporter)
+    except Exception as error:
+        logging.getLogger(__name__).exception("trial %s failed", config["candidate_id"])
+        told = str(error).strip().splitlines()
+        tune.report({"failed": told[-1] if told else type(error).__name__})
 
 
-def _scheduler(request: SearchRequest) -> TrialScheduler:
-    """Asynchronous successive halving over tokens, knowing the rungs of earlier attempts."""
-    if request.reduction is None or len(request.rungs) == 1:
-        return FIFOScheduler()
-    scheduler = AsyncHyperBandScheduler(
-        time_attr="tokens",
-        metric="val_loss",
-        mode="min",
-        grace_period=request.rungs[0],
-        max_t=request.rungs[-1],
-        reduction_factor=request.reduction,
-    )
-    bracket = scheduler._brackets[0]
-    # Ray spaces its rungs geometrically; ours are whole optimizer steps.
-    bracket._rungs = [(tokens, {}) for tokens in reversed(request.rungs)]
-    for trial in request.known:
-        for tokens, loss in trial.rungs if trial.ended else ():
-            bracket.on_result(SimpleNamespace(trial_id=trial.candidate_id), tokens, -loss)
-    return scheduler
+class _Progress:
+    """Cohorts and record, kept in step."""
+
+    def __init__(self, request: SearchRequest, record: TrialRecord) -> None:
+        self.cohorts = request.cohorts
+        self._cost, self._record = request.cost, record
+        self._told: dict[str, Fate] = {}
+        self._reasons: dict[str, str] = {}
+
+    def decide(self, candidate_id: str, result: dict[str, Any]) -> Fate:
+        """From a result, before it is recorded."""
+        if "failed" in result:
+            self.fail(candidate_id, result["failed"])
+        if "tokens" not in result:  # ended before its first report
+            return self.cohorts.fates[candidate_id]
+        cost = self._cost(candidate_id, result)
+        return self.cohorts.report(candidate_id, result["tokens"], result["val_loss"], cost)
+
+    def fail(self, candidate_id: str, reason: str) -> None:
+        self._reasons[candidate_id] = reason
+        self.cohorts.fail(candidate_id)
+
+    def recorded(self, candidate_id: str, result: dict[str, Any]) -> None:
+        if "failed" not in result:
+            self._record.rung(candidate_id, result)
+        self.settle()
+
+    def settle(self) -> None:
+        """Tells the record of all that has been decided since."""
+        for candidate_id, fate in self.cohorts.fates.items():
+            before = self._told.get(candidate_id)
+            if fate.ended and fate != before:
+                self._record.ended(candidate_id, fate, self._reasons.get(candidate_id))
+            self._told[candidate_id] = fate
 
 
-class _Listener(tune.Callback):
-    """Tells the record what Tune does. Tune pickles its callbacks; this one has nothing to restore."""
-
-    def __init__(self, record: TrialRecord, stop: StopSignal) -> None:
-        self._record, self._stop = record, stop
+class _NotPickled:
+    """Tune pickles what it is given for a restore that never comes."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._record.started(trial.config["candidate_id"])
+
+class CohortSearcher(_NotPickled, Searcher):
+    """Hands out `{"candidate_id": ...}` as the cohorts say; ends with them, or on the user's wish to stop."""
+
+    def __init__(self, progress: _Progress, stop: StopSignal) -> None:
+        super().__init__()
+        self._progress, self._stop = progress, stop
+        self._live: dict[str, str] = {}
+
+    def over(self) -> bool:
+        """Whether nothing is left to run."""
+        return self._progress.cohorts.next(()) is FINISHED
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._stop.requested:
+            return str(self.FINISHED)
+        found = self._progress.cohorts.next(tuple(self._live.values()))
+        self._progress.settle()
+        if found is FINISHED:
+            return str(self.FINISHED)
+        if not isinstance(found, str):
+            return None
+        self._live[trial_id] = found
+        return {"candidate_id": found}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        candidate_id = self._live.pop(trial_id, None)
+        if error and candidate_id is not None:
+            self._progress.fail(candidate_id, "its process was lost")
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune's snapshot of its searcher: empty."""
+        Path(checkpoint_path).touch()
+
+
+class RungScheduler(_NotPickled, FIFOScheduler):
+    """Ends a trial that has to wait at this rung, or does not go on past it."""
+
+    def __init__(self, progress: _Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        fate = self._progress.decide(trial.config["candidate_id"], result)
+        halts = fate.state in ("waiting", "stopped") and result.get("tokens", 0) >= fate.tokens
+        return str(self.STOP if halts else self.CONTINUE)
+
+
+class _Listener(_NotPickled, tune.Callback):
+    """Hears what Tune does, after searcher and scheduler have."""
+
+    def __init__(self, progress: _Progress) -> None:
+        self._progress = progress
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._record.rung(trial.config["candidate_id"], result)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        last = trial.last_result or {}
-        if last.get("final"):
-            status = "completed"
-        elif self._stop.requested:
-            status = "interrupted"
-        else:
-            status = "stopped"
-        self._record.ended(trial.config["candidate_id"], status, None)
+        self._progress.recorded(trial.config["candidate_id"], result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = trial.get_pickled_error() or trial.get_error()
         cause = root_cause(error) if error is not None else None
-        reason = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
-        self._record.ended(trial.config["candidate_id"], "failed", reason)
+        told = str(cause).strip().splitlines()
+        self._progress.fail(trial.config["candidate_id"], told[-1] if told else type(cause).__name__)
+        self._progress.settle()

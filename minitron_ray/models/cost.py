@@ -40,6 +40,16 @@ def forward_flops(family: Family, arch: Architecture, sequence_length: int) -> i
     return 2 * matrix_parameters(family, arch) + arch.layers * attention
 
 
+def head_flops(arch: Architecture) -> int:
+    """Operations a token of the LM head: final hidden states to logits."""
+    return 2 * arch.hidden * arch.vocab
+
+
+def body_flops(family: Family, arch: Architecture, sequence_length: int) -> int:
+    """Operations a token of one forward pass up to the final hidden states, without the LM head."""
+    return forward_flops(family, arch, sequence_length) - head_flops(arch)
+
+
 def training_flops(family: Family, arch: Architecture, sequence_length: int) -> int:
     """Operations a token of forward and backward pass: three times the forward pass (without
     activation checkpointing)."""
@@ -58,6 +68,28 @@ def weight_bytes(family: Family, arch: Architecture, dtype: str) -> int:
     return family.parameters(arch) * BYTES[dtype]
 
 
+def serving_bytes(family: Family, arch: Architecture, dtype: str, *, batch: int, length: int) -> int:
+    """Weights, and keys and values of `batch` sequences of `length` tokens; an upper bound where layers
+    attend to a window. Raises KeyError for a type that is not in `BYTES`."""
+    cache = 2 * arch.layers * arch.kv_heads * arch.head_dim * batch * length
+    return weight_bytes(family, arch, dtype) + cache * BYTES[dtype]
+
+
 def training_bytes(family: Family, arch: Architecture) -> int:
     """Weights, gradients and optimizer state over all workers, without activations."""
     return family.parameters(arch) * TRAINING_STATE_BYTES
+
+
+def activation_bytes(arch: Architecture, dtype: str) -> int:
+    """Bytes a token that the layers keep for the backward pass, where nothing is checkpointed.
+
+    A layer keeps the residual stream and its normalised values at both norms (four times `hidden` in
+    float32); in the type of the products what went into them, queries, keys, values and what attention
+    made of them, and of an MLP with a gate four values a neuron. Under bfloat16 each product of one input
+    has its own copy of it.
+    """
+    size = BYTES[dtype]
+    copies = 2 if dtype == "float32" else 5
+    attention = 2 * (arch.heads + arch.kv_heads) * arch.head_dim
+    neurons = arch.mlp + arch.active_experts * arch.expert_mlp
+    return arch.layers * (16 * arch.hidden + size * (copies * arch.hidden + attention + 4 * neurons))

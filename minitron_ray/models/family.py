@@ -175,7 +175,7 @@ class Family:
 
     def parameters(self, arch: Architecture) -> int:
         """How many parameters, a tied LM head counted once."""
-        return _evaluate(self._counts(arch)[0], arch)
+        return _evaluate(self.polynomials(arch)[0], arch)
 
     def non_embedding_parameters(self, arch: Architecture) -> int:
         """How many parameters without the embedding and the LM head (the paper's convention)."""
@@ -183,7 +183,25 @@ class Family:
 
     def embedding_parameters(self, arch: Architecture) -> int:
         """Parameters of the embedding and of the LM head, where that is not the embedding."""
-        return _evaluate(self._counts(arch)[1], arch)
+        return _evaluate(self.polynomials(arch)[1], arch)
+
+    def polynomials(self, arch: Architecture) -> tuple[Monomials, Monomials]:
+        """All parameters, and those of the embedding and the LM head, in terms of the axes, for networks
+        with the flags of `arch`."""
+        flags = (arch.tied, arch.attention_bias, arch.mlp_bias)
+        counts = self._compiled.get(flags)
+        if counts is None:
+            present = [tensor for tensor in self.tensors if tensor.exists(arch)]
+            counts = (monomials(present), monomials([tensor for tensor in present if tensor.is_embedding]))
+            self._compiled[flags] = counts
+        return counts
+
+    def related_axes(self, arch: Architecture) -> frozenset[str]:
+        """The axes whose sizes `problems` holds against each other, or against a number, in networks with
+        the flags of `arch`; of any other it only asks that there be one."""
+        named = {axis for pair in self.multiples for axis in pair if isinstance(axis, str)}
+        square = {"hidden"} if self.square_heads or arch.long_rope else set()
+        return frozenset({"heads", "kv_heads", "experts"} | named | square)
 
     @cached_property
     def cut_axes(self) -> tuple[Axis, ...]:
@@ -247,15 +265,6 @@ class Family:
                 )
         return found
 
-    def _counts(self, arch: Architecture) -> tuple[Monomials, Monomials]:
-        flags = (arch.tied, arch.attention_bias, arch.mlp_bias)
-        counts = self._compiled.get(flags)
-        if counts is None:
-            present = [tensor for tensor in self.tensors if tensor.exists(arch)]
-            counts = (_monomials(present), _monomials([tensor for tensor in present if tensor.is_embedding]))
-            self._compiled[flags] = counts
-        return counts
-
 
 def _layer_rows(layered: list[Tensor], layer: int, experts: int) -> Iterator[Row]:
     of_experts = [tensor for tensor in layered if tensor.per_expert]
@@ -272,12 +281,12 @@ def _product(block: Product, arch: Architecture) -> int:
     return math.prod(int(factor) if factor.isdigit() else getattr(arch, factor) for factor in block)
 
 
-def _monomials(tensors: list[Tensor]) -> Monomials:
+def monomials(tensors: list[Tensor], experts: str = "experts") -> Monomials:
     """The count of `tensors` as a polynomial in the axes, like terms collected: a search space of tens
-    of thousands of shapes is counted in a fraction of a second."""
+    of thousands of shapes is counted in a fraction of a second. `experts` is how many of them count."""
     terms: Counter[Product] = Counter()
     for tensor in tensors:
-        repeated = (["layers"] if tensor.per_layer else []) + (["experts"] if tensor.per_expert else [])
+        repeated = (["layers"] if tensor.per_layer else []) + ([experts] if tensor.per_expert else [])
         for blocks in itertools.product(*tensor.blocks):
             factors = [factor for block in blocks for factor in block]
             axes = sorted([factor for factor in factors if not factor.isdigit()] + repeated)

@@ -4,14 +4,7 @@ Arithmetic only: no tensor, no torch, no ray. `minitron-ray plan` prints it and 
 from it.
 """
 
-from minitron_ray.plan.costs import (
-    LARGEST_SIGNAL,
-    StageCost,
-    distilled_tokens,
-    signal_bytes_a_token,
-    steps,
-    tokens_seen,
-)
+from minitron_ray.plan.costs import StageCost
 from minitron_ray.plan.identity import (
     Inputs,
     experiment_fingerprint,
@@ -19,19 +12,34 @@ from minitron_ray.plan.identity import (
     stage_fingerprint,
     stage_fingerprints,
 )
-from minitron_ray.plan.plan import Plan, check_same_model, make_plan, stages_of
+from minitron_ray.plan.memory import Layout, Memory
+from minitron_ray.plan.plan import (
+    Plan,
+    StartConfig,
+    check_same_model,
+    largest_student,
+    make_plan,
+    stages_of,
+)
+from minitron_ray.plan.signal import SignalCost, choose_signal, signal_costs
+from minitron_ray.plan.tokens import distilled_tokens, steps, tokens_seen
 
 __all__ = [
-    "LARGEST_SIGNAL",
     "Inputs",
+    "Layout",
+    "Memory",
     "Plan",
+    "SignalCost",
     "StageCost",
+    "StartConfig",
     "check_same_model",
+    "choose_signal",
     "distilled_tokens",
     "experiment_fingerprint",
+    "largest_student",
     "make_plan",
     "run_fingerprint",
-    "signal_bytes_a_token",
+    "signal_costs",
     "stage_fingerprint",
     "stage_fingerprints",
     "stages_of",

@@ -1,157 +1,348 @@
-"""Tokens and floating-point operations of each stage, before it is run."""
+"""What each stage takes, before it is run: tokens, floating-point operations, memory, disk, device time."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+from minitron_ray.core.hardware import Hardware
 from minitron_ray.core.units import format_bytes, format_count
-from minitron_ray.experiment import Experiment
+from minitron_ray.distillation.signals.online import Online
+from minitron_ray.experiment import Distill, Experiment, Retrain
 from minitron_ray.models.architecture import Architecture
-from minitron_ray.models.cost import distillation_flops, forward_flops, training_flops
+from minitron_ray.models.cost import forward_flops, head_flops, training_flops, weight_bytes
 from minitron_ray.models.family import Family
+from minitron_ray.plan.memory import Layout, Memory
+from minitron_ray.plan.scoring import scoring_passes
+from minitron_ray.plan.signal import SignalCost, signal_costs
+from minitron_ray.plan.students import costliest_first
+from minitron_ray.plan.tokens import (
+    cohorts_of,
+    kept_students,
+    rung_tokens,
+    tokens_seen,
+    trials_at_rungs,
+    validations_of,
+)
+from minitron_ray.search.baselines import LARGEST, affordable
+from minitron_ray.search.space import CandidateRow
 
-LARGEST_SIGNAL: Final = 64 * 2**30
-"""Bytes of stored teacher signal above which the teacher runs online wherever it is needed."""
+DISTILL_CHECKPOINTS = 3
+"""Of a distillation on disk at a time: two that are kept, and the one that is being written."""
+CHECKPOINT_BYTES = 12
+"""Bytes a parameter of a checkpoint: the weight and Adam's two moments in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCost:
-    """An upper bound: halving only ever does less."""
+    """An upper bound: of several shapes it takes the costliest."""
 
     stage: str
     what: str
     tokens: int
+    """That go through a network, once for each network and pass."""
     flops: float
+    memory_bytes: int | None = None
+    """Of one process, on its device."""
+    disk_bytes: int = 0
+    """Of the files that it writes, tables aside, where there are most of them."""
+    device_seconds: float | None = None
+    """Of one device; None where no hardware is known."""
+
+    def row(self) -> dict[str, object]:
+        """A row of the table `costs`."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 def costs(
-    experiment: Experiment, family: Family, teacher: Architecture, students: list[Architecture]
+    experiment: Experiment,
+    family: Family,
+    teacher: Architecture,
+    feasible: Sequence[CandidateRow],
+    stages: Sequence[str],
+    start: Architecture | None = None,
+    layout: Layout | None = None,
 ) -> tuple[StageCost, ...]:
-    """What each stage of the experiment takes, where all students are as costly as the costliest."""
-    length = experiment.data.sequence_length
-    largest = max(students, key=lambda student: forward_flops(family, student, length))
-    return tuple(_Costs(experiment, family, teacher, largest, len(students)).stages())
+    """What those of `stages` take that compute, in their order.
+
+    `start` is the model that is cut, where it is not the teacher.
+    """
+    counted = _Costs(
+        experiment=experiment,
+        family=family,
+        teacher=teacher,
+        start=start or teacher,
+        feasible=tuple(feasible),
+        layout=layout or Layout(),
+    )
+    return tuple(cost for stage in stages if (cost := counted.of(stage)) is not None)
 
 
-@dataclass(frozen=True, slots=True)
+def timed(found: Sequence[StageCost], hardware: Hardware | None) -> tuple[StageCost, ...]:
+    """The same with the time that they take on `hardware`."""
+    if hardware is None:
+        return tuple(found)
+    return tuple(replace(cost, device_seconds=hardware.device_seconds(cost.flops)) for cost in found)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Costs:
     experiment: Experiment
     family: Family
     teacher: Architecture
-    student: Architecture
-    shapes: int
+    start: Architecture
+    feasible: tuple[CandidateRow, ...]
+    layout: Layout
 
-    def stages(self) -> Iterator[StageCost]:
-        data, search, distill = self.experiment.data, self.experiment.search, self.experiment.distill
-        calibration = data.calibration * data.sequence_length
-        yield StageCost(
+    def of(self, stage: str) -> StageCost | None:
+        """None for a stage that computes nothing to speak of."""
+        match stage:
+            case "importance":
+                return self._importance()
+            case "teacher":
+                return self._signal_pass()
+            case "zero_shot":
+                return self._zero_shot()
+            case "search":
+                return self._search()
+            case "baselines":
+                return self._baselines()
+            case "distill":
+                return self._distill()
+            case "evaluate":
+                return self._evaluate()
+            case "export":
+                return self._export()
+        return None
+
+    # --- Stages --------------------------------------------------------------------------------------
+
+    def _importance(self) -> StageCost:
+        shapes = [row.candidate for row in self.feasible]
+        passes = list(scoring_passes(self.experiment, self.family, self.start, shapes))
+        outputs = max((one.outputs for one in passes), default=1)
+        return StageCost(
             stage="importance",
-            what=f"{data.calibration} calibration sequences, forward",
-            tokens=calibration,
-            flops=float(calibration * self._forward(self.teacher)),
+            what=" and ".join(one.what for one in passes) or "scores that need no pass",
+            tokens=sum(one.tokens for one in passes),
+            flops=sum(one.flops for one in passes),
+            memory_bytes=self.memory.scoring(self.start, outputs),
         )
-        yield self._signal()
-        if search is not None:
-            trials = min(search.trials, self.shapes)
-            yield StageCost(
-                stage="search",
-                what=f"{trials} trials of {format_count(search.retrain.tokens)} tokens",
-                tokens=trials * search.retrain.tokens,
-                flops=float(trials * self._trial()),
-            )
-        if distill is not None:
-            a_token = distillation_flops(self.family, self.teacher, self.student, data.sequence_length)
-            yield StageCost(
-                stage="distill",
-                what=f"{_students(self._kept)}, teacher online",
-                tokens=self._kept * distill.tokens,
-                flops=float(self._kept * distill.tokens * a_token),
-            )
-        yield self._evaluation()
 
-    def _signal(self) -> StageCost:
-        tokens = self._signal_tokens
-        size = format_bytes(tokens * signal_bytes_a_token(self.teacher))
+    def _signal_pass(self) -> StageCost:
+        if self.online:
+            return StageCost(
+                stage="teacher", what="online where it is needed: nothing is stored", tokens=0, flops=0.0
+            )
         of = "search and validation" if self.experiment.search is not None else "validation"
+        trained = 0 if self.experiment.search is None else self._seen(self.experiment.search.retrain)
         return StageCost(
             stage="teacher",
-            what=f"online where it is needed: stored it would take {size}"
-            if self._online
-            else f"the teacher's signal on {of} tokens, {size} on disk",
-            tokens=0 if self._online else tokens,
-            flops=0.0 if self._online else float(tokens * self._forward(self.teacher)),
+            what=f"{self.signal.signal.label} of {of}, {format_bytes(self.signal.bytes)}, kept in the cache",
+            tokens=trained + self.validation,
+            flops=self.signal.once,
+            memory_bytes=self.memory.weights(self.teacher) + self.memory.logits,
+            disk_bytes=self.signal.bytes,
         )
 
-    def _trial(self) -> int:
-        """Operations of one trial."""
-        data, retrain = self.experiment.data, self.experiment.searched.retrain
-        trained = retrain.tokens * training_flops(self.family, self.student, data.sequence_length)
-        measured = self._validation * (retrain.rungs + 1) * self._forward(self.student)
-        return trained + measured + (self._signal_tokens * self._forward(self.teacher) if self._online else 0)
+    def _zero_shot(self) -> StageCost | None:
+        zero_shot = self.experiment.searched.zero_shot
+        if zero_shot is None:
+            return None
+        shapes = min(zero_shot.shapes, len(self.feasible))
+        tokens = min(zero_shot.sequences, self.experiment.data.validation) * self.length
+        return StageCost(
+            stage="zero_shot",
+            what=f"{shapes} undistilled cuts on {tokens // self.length} validation sequences",
+            tokens=shapes * tokens,
+            flops=float(tokens * sum(self._forward(arch) for arch in self.students[:shapes])),
+            memory_bytes=self.memory.measuring(self.largest),
+        )
 
-    def _evaluation(self) -> StageCost:
-        """Cuts were measured by their trials; the teacher's signal is all that is needed of it."""
-        data, distilled = self.experiment.data, self.experiment.distill is not None
-        students = (1 if self.experiment.search is None else 0) + (self._kept if distilled else 0)
-        whom = f"teacher and {_students(students)}" if students else "teacher, from its signal"
-        if self.experiment.search is None:
+    def _search(self) -> StageCost:
+        retrain, trials = self.experiment.searched.retrain, self.trials
+        tokens, flops = 0, 0.0
+        for reached, start, end in self._segments():
+            tokens += reached * (end - start)
+            flops += sum(
+                (end - start) * self._trained(arch, retrain) + self._measured(arch)
+                for arch in self.students[:reached]
+            )
+        halved = self.experiment.searched.halving is not None
+        what = f"{trials} trials of {format_count(self.rungs[-1])} tokens"
+        disk = 0
+        if halved:
+            what += f", of which {self.reached[-1]} go to the end"
+            waiting = max(cohorts_of(self.experiment, trials, len(self.feasible)))
+            disk = CHECKPOINT_BYTES * self.family.parameters(self.largest) * waiting
+        return StageCost(
+            stage="search",
+            what=what,
+            tokens=tokens,
+            flops=flops,
+            memory_bytes=self._trial_bytes,
+            disk_bytes=disk,
+        )
+
+    def _baselines(self) -> StageCost:
+        """At most: what the search has trained to the end is not trained again."""
+        search, each = self.experiment.searched, self.rungs[-1]
+        lot = affordable(self._search().tokens, each, len(self.feasible))
+        scored = min(LARGEST, len(self.feasible)) if "largest_first" in search.baselines else 0
+        count = sum(lot if name == "random" else 1 for name in search.baselines)
+        students = [self.students[place % len(self.students)] for place in range(count)]
+        flops = sum(
+            each * self._trained(arch, search.retrain) + (len(self.rungs) + 1) * self._measured(arch)
+            for arch in students
+        )
+        named = [f"{lot} by lot" if name == "random" else name for name in search.baselines]
+        return StageCost(
+            stage="baselines",
+            what=f"{', '.join(named)}: {_students(count)}, {format_count(each)} tokens each",
+            tokens=count * each,
+            flops=flops + sum(self._measured(arch) for arch in self.students[:scored]),
+            memory_bytes=self._trial_bytes,
+        )
+
+    def _distill(self) -> StageCost:
+        distill = self.experiment.distill
+        assert distill is not None
+        tokens, kept = self._seen(distill), self.kept
+        online = forward_flops(self.family, self.teacher, self.length) if distill.loss.needs_teacher else 0
+        validations = validations_of(distill, self.length)
+        flops = sum(
+            tokens * (training_flops(self.family, arch, self.length) + online)
+            + validations * self.validation * self._forward(arch)
+            for arch in self.students[:kept]
+        )
+        parameters, workers = self.family.parameters(self.largest), self.layout.workers
+        beside = self.memory.weights(self.teacher) if distill.loss.needs_teacher else 0
+        return StageCost(
+            stage="distill",
+            what=f"{_students(kept)}{', teacher online' if online else ''}"
+            + (f", spread over {workers} workers" if workers > 1 else ""),
+            tokens=kept * tokens,
+            flops=float(flops),
+            memory_bytes=self.memory.training(self.largest, workers) + beside,
+            disk_bytes=parameters * (DISTILL_CHECKPOINTS * CHECKPOINT_BYTES + 4 * kept),
+        )
+
+    def _evaluate(self) -> StageCost:
+        """Cuts were measured by their trials; the teacher's own measurement takes its signal."""
+        searched, distilled = self.experiment.search is not None, self.experiment.distill is not None
+        students = (0 if searched else 1) + (self.kept if distilled else 0)
+        if searched:
+            whom = f"teacher and {_students(students)}" if students else "teacher, from its signal"
+        else:
             whom = "teacher, cut and distilled student" if distilled else "teacher and cut"
-        flops = students * self._forward(self.student)
-        flops += (1 + students) * self._forward(self.teacher) if self._online else 0
+        own = self.validation * 2 * head_flops(self.teacher)
+        if self.online:
+            own = self.validation * (forward_flops(self.family, self.teacher, self.length))
+        measured = self.students[: self.kept]
+        rounds = int(not searched) + int(distilled)
         return StageCost(
             stage="evaluate",
-            what=f"{data.validation} validation sequences: {whom}",
-            tokens=self._validation * (1 + students),
-            flops=float(self._validation * flops),
+            what=f"{self.experiment.data.validation} validation sequences: {whom}",
+            tokens=self.validation * (1 + students),
+            flops=float(own + rounds * sum(self._measured(arch) for arch in measured)),
+            memory_bytes=self.memory.measuring(self.largest) + self._beside(self.online),
         )
 
-    @property
-    def _kept(self) -> int:
-        return self.experiment.search.keep if self.experiment.search is not None else 1
+    def _export(self) -> StageCost:
+        dtype, kept = self.experiment.export.dtype, self.kept
+        size = kept * weight_bytes(self.family, self.largest, dtype)
+        return StageCost(
+            stage="export",
+            what=f"{_students(kept)} in {dtype}, {format_bytes(size)}",
+            tokens=0,
+            flops=0.0,
+            disk_bytes=size,
+        )
 
-    @property
-    def _validation(self) -> int:
-        return self.experiment.data.validation * self.experiment.data.sequence_length
-
-    @property
-    def _signal_tokens(self) -> int:
-        """Tokens whose teacher signal is wanted more than once."""
-        search = self.experiment.search
-        return self._validation + (search.retrain.tokens if search is not None else 0)
-
-    @property
-    def _online(self) -> bool:
-        return self._signal_tokens * signal_bytes_a_token(self.teacher) > LARGEST_SIGNAL
+    # --- What they are made of --------------------------------------------------------------------
 
     def _forward(self, arch: Architecture) -> int:
-        return forward_flops(self.family, arch, self.experiment.data.sequence_length)
+        return forward_flops(self.family, arch, self.length)
+
+    def _seen(self, section: Retrain | Distill) -> int:
+        return tokens_seen(section.tokens, section.batch, self.length)
+
+    def _trained(self, student: Architecture, retrain: Retrain) -> float:
+        """Operations of a trained token in a trial."""
+        beside = self.signal.each / retrain.tokens if retrain.loss.needs_teacher else 0
+        return training_flops(self.family, student, self.length) + beside
+
+    def _measured(self, student: Architecture) -> float:
+        """Operations of one measurement: the student, and of the teacher its head or all of it."""
+        whole = forward_flops(self.family, self.teacher, self.length)
+        beside = whole if self.online else head_flops(self.teacher)
+        return float(self.validation * (self._forward(student) + beside))
+
+    @property
+    def _trial_bytes(self) -> int:
+        """Memory of one process of a trial."""
+        student = self.memory.training(self.largest, self.layout.trial_workers)
+        return student + self._beside(self.online)
+
+    def _beside(self, online: bool) -> int:
+        """Bytes of the teacher in a trial: all of it, or its head."""
+        return self.memory.weights(self.teacher) if online else self.memory.head(self.teacher)
+
+    @property
+    def length(self) -> int:
+        return self.experiment.data.sequence_length
+
+    @property
+    def validation(self) -> int:
+        return self.experiment.data.validation * self.length
+
+    @property
+    def trials(self) -> int:
+        return min(self.experiment.searched.trials, len(self.feasible))
+
+    @property
+    def kept(self) -> int:
+        return kept_students(self.experiment)
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        return rung_tokens(self.experiment)
+
+    @property
+    def reached(self) -> tuple[int, ...]:
+        """How many trials train up to each rung."""
+        return trials_at_rungs(self.experiment, self.trials, len(self.feasible))
+
+    def _segments(self) -> list[tuple[int, int, int]]:
+        """How many trials train between two rungs, and the tokens at the two."""
+        return list(zip(self.reached, (0, *self.rungs), self.rungs, strict=False))
+
+    @cached_property
+    def students(self) -> tuple[Architecture, ...]:
+        """Costliest first."""
+        return costliest_first(self.family, self.start, self.feasible, self.length)
+
+    @cached_property
+    def largest(self) -> Architecture:
+        """By parameters, which is what memory and disk go by."""
+        row = max(self.feasible, key=lambda row: row.parameters)
+        return row.candidate.architecture(self.start)
+
+    @cached_property
+    def signal(self) -> SignalCost:
+        return next(c for c in signal_costs(self.experiment, self.family, self.teacher) if c.chosen)
+
+    @property
+    def online(self) -> bool:
+        return isinstance(self.signal.signal, Online)
+
+    @property
+    def memory(self) -> Memory:
+        return Memory(
+            family=self.family, length=self.length, precision=self.experiment.precision, layout=self.layout
+        )
 
 
 def _students(count: int) -> str:
     return f"{count} student{'s' if count != 1 else ''}"
-
-
-def signal_bytes_a_token(teacher: Architecture) -> int:
-    """Bytes of the teacher's final hidden states, at most (float32)."""
-    return 4 * teacher.hidden
-
-
-def steps(tokens: int, batch: int, sequence_length: int) -> int:
-    """Optimizer steps that see at least `tokens`."""
-    return math.ceil(tokens / (batch * sequence_length))
-
-
-def tokens_seen(tokens: int, batch: int, sequence_length: int) -> int:
-    """`tokens` rounded up to whole optimizer steps: what training really sees."""
-    return steps(tokens, batch, sequence_length) * batch * sequence_length
-
-
-def distilled_tokens(experiment: Experiment) -> int:
-    """Tokens that each chosen student sees in its distillation; 0 where there is none."""
-    distill = experiment.distill
-    if distill is None:
-        return 0
-    return tokens_seen(distill.tokens, distill.batch, experiment.data.sequence_length)

@@ -15,9 +15,19 @@ from minitron_ray.core.fingerprint import digest
 from minitron_ray.experiment import Experiment
 from minitron_ray.importance.metric import RemovalMetric
 from minitron_ray.plan.plan import Plan
+from minitron_ray.plan.signal import choose_signal
 
 VERSIONS: Final = MappingProxyType(
-    {"importance": 2, "teacher": 1, "search": 1, "distill": 1, "evaluate": 2, "export": 1}
+    {
+        "importance": 2,
+        "teacher": 2,
+        "zero_shot": 1,
+        "search": 1,
+        "baselines": 1,
+        "distill": 1,
+        "evaluate": 2,
+        "export": 1,
+    }
 )
 """Counted up where the same inputs give another result than before."""
 
@@ -28,14 +38,17 @@ class Inputs:
 
     teacher: str
     data: str
+    start: str | None = None
+    """The folder's of the model that is cut; None where that is the teacher."""
     depth: Mapping[str, Any] = field(default_factory=dict)
     """Digests of the files that the depth metric reads."""
 
 
 def experiment_fingerprint(experiment: Experiment) -> str:
-    """Digest of an experiment. A description of the teacher for planning is not part of it."""
+    """Digest of an experiment. Descriptions of models for planning are not part of it."""
     fields = experiment.model_dump(mode="json")
-    fields["teacher"].pop("config")
+    for section in ("teacher", "start"):
+        (fields[section] or {}).pop("config", None)
     return digest(fields)
 
 
@@ -61,18 +74,27 @@ def stage_fingerprints(plan: Plan, inputs: Inputs) -> dict[str, str]:
     marks: dict[str, str] = {}
 
     def mark(stage: str, fields: Any, *needs: str, **more: Any) -> None:
-        marks[stage] = stage_fingerprint(stage, fields, [marks[n] for n in needs], **found, **more)
+        marks[stage] = stage_fingerprint(stage, fields, [marks[n] for n in needs], **(found | more))
 
-    mark("importance", _importance(plan), files=dict(inputs.depth))
+    # Of the model that is cut, whatever is learnt from: all that comes of a cut needs this stage.
+    mark("importance", _importance(plan), teacher=inputs.start or inputs.teacher, files=dict(inputs.depth))
     signal: dict[str, Any] = {"validation": validation, "as": e.export.as_type}
     student = ["importance"]
     ranking = [e.importance.width_label, e.importance.depth.label]  # one table may hold several
     cut = {"cut": e.cut, "ranking": ranking, "shapes": [row.candidate.id for row in plan.feasible]}
     if e.search is not None:
         signal |= {"tokens": e.search.retrain.tokens, "batch": e.search.retrain.batch, "seed": e.seed}
-    mark("teacher", signal)
+    chosen = choose_signal(e, plan.teacher)
+    mark("teacher", {**signal, "signal": chosen})
     if e.search is not None:
-        mark("search", {"search": e.search, **cut}, "importance", "teacher", **seeded)
+        scored = ["zero_shot"] if "zero_shot" in plan.stages else []
+        if scored:
+            cuts = {"zero_shot": e.search.zero_shot, "validation": validation, **cut}
+            mark("zero_shot", cuts, "importance", **seeded)
+        search = e.search.model_dump(mode="json", exclude={"baselines"})
+        mark("search", {"search": search, **cut}, "importance", "teacher", *scored, **seeded)
+        if "baselines" in plan.stages:
+            mark("baselines", {"baselines": sorted(e.search.baselines), **cut}, "search", **seeded)
         student = ["search"]
     if e.distill is not None:
         mark("distill", {"distill": e.distill, "validation": validation, **cut}, *student, **seeded)

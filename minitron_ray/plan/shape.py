@@ -5,14 +5,18 @@ from __future__ import annotations
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.experiment import Shape
 from minitron_ray.models.architecture import Architecture
+from minitron_ray.models.cost import forward_flops, serving_bytes
 from minitron_ray.models.family import Family
 from minitron_ray.search.selection import CutRules
 from minitron_ray.search.shape import Refusals, check_axes, shape_of
 from minitron_ray.search.space import CandidateRow
 
 
-def fixed_shape(family: Family, teacher: Architecture, shape: Shape, rules: CutRules) -> CandidateRow:
-    """The one candidate of an experiment that gives its student's sizes.
+def fixed_shape(
+    family: Family, teacher: Architecture, shape: Shape, rules: CutRules, length: int
+) -> CandidateRow:
+    """The one candidate of an experiment that gives its student's sizes, counted for one sequence of
+    `length` tokens in bfloat16.
 
     Raises ConfigError for an axis that the family does not have or that is larger than the teacher's,
     and for sizes that do not go together, that the rules cannot cut or that stock transformers refuses.
@@ -35,6 +39,8 @@ def fixed_shape(family: Family, teacher: Architecture, shape: Shape, rules: CutR
         candidate=candidate,
         parameters=family.parameters(arch),
         non_embedding_parameters=family.non_embedding_parameters(arch),
+        memory_bytes=serving_bytes(family, arch, "bfloat16", batch=1, length=length),
+        flops_per_token=forward_flops(family, arch, length),
         in_budget=True,
         reason=None,
     )

@@ -77,6 +77,9 @@ def _of_run(name: str, checkpoint: Checkpoint, results: Path) -> CutScores:
 
 def _teacher_digest(run: RunInfo) -> str:
     found = json.loads((run.folder / "run.json").read_bytes()).get("teacher_digest")
+    prepared = run.folder / "stages" / "prepare.json"
+    if prepared.is_file():  # where the model that was cut is not the teacher, it is the one that was scored
+        found = json.loads(prepared.read_bytes())["output"].get("start_digest", found)
     if not isinstance(found, str):
         raise ConfigError(
             f"run {run.run_id} does not say which teacher it scored; run it until units are scored"

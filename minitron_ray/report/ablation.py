@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from minitron_ray.experiment import Experiment
 from minitron_ray.report import tables
 from minitron_ray.report.ranking import shape_text
 from minitron_ray.results.runs import RunInfo, find_runs
+from minitron_ray.search.ranks import kendall_tau
 
 PHASES: Final = ("cut", "distilled")
 
@@ -148,19 +148,6 @@ def paired(ours: Mapping[int, float], best: Mapping[int, float]) -> tuple[float 
         return mean, None
     variance = math.fsum((difference - mean) ** 2 for difference in differences) / (count - 1)
     return mean, math.sqrt(variance / count)
-
-
-def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Kendall's tau-b of two lists of figures for the same things; None where either has no order at all."""
-    agreeing = untied_first = untied_second = 0
-    for (a, b), (c, d) in combinations(zip(first, second, strict=True), 2):
-        x, y = (a > c) - (a < c), (b > d) - (b < d)
-        agreeing += x * y
-        untied_first += x != 0
-        untied_second += y != 0
-    if not untied_first or not untied_second:
-        return None
-    return agreeing / math.sqrt(untied_first * untied_second)
 
 
 def perplexity(loss: float | None) -> float | None:

@@ -75,7 +75,7 @@ def _best_loss(run: RunInfo) -> float | None:
         phase: [row["value"] for row in rows if row["metric"] == "val_loss" and row["phase"] == phase]
         for phase in ("distilled", "cut")
     }
-    rungs = run.store.read("trials").to_pylist()
+    rungs = [row for row in run.store.read("trials").to_pylist() if row["origin"] in (None, "search")]
     trials = [row["val_loss"] for row in rungs if row["final"]] or [row["val_loss"] for row in rungs]
     losses = by_phase["distilled"] or trials or by_phase["cut"]
     known = [loss for loss in losses if loss is not None and math.isfinite(loss)]

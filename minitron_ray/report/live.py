@@ -96,8 +96,10 @@ def draw(model: ProgressModel, now: float, width: int, height: int) -> Renderabl
 
 
 def _over(model: ProgressModel) -> bool:
-    """Whether the search is history and its trials would only be in the way."""
-    search = model.stages.get("search")
+    """Whether the search is history and its trials, and those of baselines, would only be in the way."""
+    search, baselines = model.stages.get("search"), model.stages.get("baselines")
+    if baselines is not None and baselines.status == "running":
+        return False
     return search is None or search.status in ("finished", "reused")
 
 

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from minitron_ray.core.units import format_bytes, format_count
 from minitron_ray.models.architecture import CUT_AXES, Architecture
-from minitron_ray.models.cost import training_bytes, weight_bytes
-from minitron_ray.plan import experiment_fingerprint
+from minitron_ray.plan import Layout, experiment_fingerprint
+from minitron_ray.plan.saving import search_savings
+from minitron_ray.report.cost_text import cost_lines, cost_table, saving_table
+from minitron_ray.report.sections import Section, tables
+from minitron_ray.report.signal_text import signal_table, signals_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from minitron_ray.core.hardware import Hardware
     from minitron_ray.plan import Plan
     from minitron_ray.search.space import CandidateRow
 
-_TITLES = {"kv_heads": "KV groups", "mlp": "MLP", "expert_mlp": "expert MLP"}
+_TITLES = {"kv_heads": "KV\ngroups", "mlp": "MLP", "expert_mlp": "expert\nMLP"}
+_MEASURES = {
+    "memory_bytes": ("memory", format_bytes),
+    "flops_per_token": ("FLOPs\na token", format_count),
+}
 _SHOWN = 40
 """Feasible candidates printed; all of them go to the table `candidates` of a run."""
 
 
-def render(plan: Plan, console: Console, finished: Mapping[str, str] = MappingProxyType({})) -> None:
+def render(
+    plan: Plan,
+    console: Console,
+    finished: Mapping[str, str] = MappingProxyType({}),
+    hardware: Hardware | None = None,
+    layout: Layout | None = None,
+) -> None:
     """Teacher, student or candidates, and an upper bound of what each stage costs.
 
     `finished` has the stages that will be taken from an earlier run, and which run that is.
     """
+    layout = layout or Layout.on(hardware)
     teacher, family = plan.teacher, plan.family
     console.print(f"[bold]{plan.experiment.name}[/]")
     console.print(
@@ -37,45 +50,58 @@ def render(plan: Plan, console: Console, finished: Mapping[str, str] = MappingPr
         f"without embeddings), {family.model_type}: {_sizes(teacher)}",
         soft_wrap=True,
     )
+    if plan.start_source is not None:
+        console.print(
+            f"cut from    {family.parameters(plan.start):,} parameters: {_sizes(plan.start)} ({plan.start_source})",
+            soft_wrap=True,
+        )
     for name, text in _facts(plan):
         console.print(f"{name:<11} {text}", soft_wrap=True)
     if plan.fixed is None:
-        console.print(_candidates(plan))
+        for table in tables(_candidates(plan), console):
+            console.print()
+            console.print(table)
+        console.print()
     if len(plan.feasible) > _SHOWN:
         console.print(f"... and {len(plan.feasible) - _SHOWN:,} more; --json prints all")
-    console.print(_costs(plan, finished))
+    costs = plan.costs(hardware, layout)
+    console.print(cost_table(costs, finished, hardware))
+    for name, text in cost_lines(costs, finished, hardware, layout):
+        console.print(f"{name:<11} {text}", soft_wrap=True)
+    if (signals := signal_table(plan)) is not None:
+        console.print(signals)
+    if (savings := saving_table(plan)) is not None:
+        console.print(savings)
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     """What is known apart from tables, one line each."""
-    experiment, family, teacher = plan.experiment, plan.family, plan.teacher
     if plan.fixed is not None:
         yield "student", _student(plan, plan.fixed)
-    if plan.band is not None:
+    if plan.limits is not None:
         tried = " (all of them)" if plan.trials == len(plan.feasible) else ""
-        yield "budget", plan.band.text()
+        yield "budget", plan.limits.text()
+        yield from _serving(plan)
         yield (
             "candidates",
             f"{len(plan.feasible):,} of {len(plan.rows):,} shapes are inside; {plan.trials} will be tried{tried}",
         )
-    in_bfloat16 = format_bytes(weight_bytes(family, teacher, "bfloat16"))
-    largest = max(plan.feasible, key=lambda row: row.parameters).candidate.architecture(teacher)
-    if experiment.search is not None or experiment.distill is not None:
-        state = f"{format_bytes(training_bytes(family, largest))} (float32 student, gradients, optimizer; "
-        state += "activations come on top)"
-        told = f"the distillation holds {state}, shared by its workers"
-        if experiment.search is not None:
-            told = f"a trial holds {state}"
-            told += "" if experiment.distill is None else ", which workers share in the distillation"
-        yield "memory", f"{told}; the teacher takes {in_bfloat16} in bfloat16"
-    else:
-        cut = format_bytes(weight_bytes(family, largest, "float32"))
-        yield "memory", f"the cut is measured in float32, {cut}; the teacher takes {in_bfloat16} in bfloat16"
     yield "exported", _exported(plan)
 
 
+def _serving(plan: Plan) -> Iterator[tuple[str, str]]:
+    serving = plan.experiment.searched.serving
+    if serving is None:
+        return
+    rules = [f"{serving.tensor_parallel} devices a layer"] if serving.tensor_parallel > 1 else []
+    rules += [f"{kernel} kernels" for kernel in serving.kernels]
+    rules += [f"gguf {serving.gguf}"] if serving.gguf is not None else []
+    out = sum("(serving." in (row.reason or "") for row in plan.rows)
+    yield "serving", f"{', '.join(rules) or 'no rule'}: {out:,} shapes that can be cut do not fit"
+
+
 def _student(plan: Plan, row: CandidateRow) -> str:
-    arch = row.candidate.architecture(plan.teacher)
+    arch = row.candidate.architecture(plan.start)
     share = row.parameters / plan.family.parameters(plan.teacher)
     return (
         f"{row.parameters:,} parameters ({row.non_embedding_parameters:,} without embeddings), "
@@ -88,14 +114,20 @@ def _exported(plan: Plan) -> str:
     if experiment.distill is None and experiment.search is not None:
         return "nothing: trials keep no weights; add distill to train the best, the search is then reused"
     what = "the student as cut, not trained" if experiment.distill is None else "the distilled student"
-    if experiment.search is not None and experiment.search.keep > 1:
+    if experiment.search is not None and experiment.search.keep == "ties":
+        what = "the distilled students, one or as many as tie"
+    elif experiment.search is not None and experiment.search.fewest_kept > 1:
         what = f"the {experiment.search.keep} distilled students"
     return f"{what}, as {plan.family.model_type} in {experiment.export.dtype}"
 
 
-def as_json(plan: Plan, finished: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+def as_json(
+    plan: Plan,
+    finished: Mapping[str, str] = MappingProxyType({}),
+    hardware: Hardware | None = None,
+    layout: Layout | None = None,
+) -> dict[str, Any]:
     """The same as JSON values, every candidate included."""
-    band = plan.band
     return {
         "experiment": plan.experiment.name,
         "fingerprint": experiment_fingerprint(plan.experiment),
@@ -105,29 +137,43 @@ def as_json(plan: Plan, finished: Mapping[str, str] = MappingProxyType({})) -> d
             "non_embedding_parameters": plan.family.non_embedding_parameters(plan.teacher),
             **{axis: getattr(plan.teacher, axis) for axis in CUT_AXES},
         },
+        "start": None
+        if plan.start_source is None
+        else {
+            "source": plan.start_source,
+            "parameters": plan.family.parameters(plan.start),
+            **{axis: getattr(plan.start, axis) for axis in CUT_AXES},
+        },
         "stages": list(plan.stages),
         "finished": dict(finished),
-        "budget": None if band is None else {"low": band.low, "high": band.high, "count": band.count},
+        "budget": None if plan.limits is None else asdict(plan.limits),
         "shape": None if plan.fixed is None else plan.fixed.row(),
         "trials": plan.trials,
         "candidates": [row.row() for row in plan.rows],
-        "costs": [
-            {"stage": cost.stage, "what": cost.what, "tokens": cost.tokens, "flops": cost.flops}
-            for cost in plan.costs
-        ],
+        "hardware": None if hardware is None else asdict(hardware),
+        "costs": [cost.row() for cost in plan.costs(hardware, layout)],
+        "signals": signals_json(plan),
+        "savings": [saving.as_json() for saving in search_savings(plan)],
     }
 
 
-def _candidates(plan: Plan) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("candidate", no_wrap=True)
+def _candidates(plan: Plan) -> Section:
+    """Sizes and parameters, and what else the budget bounds."""
     axes = [axis for axis in CUT_AXES if getattr(plan.teacher, axis)]
-    for name in [*(_TITLES.get(axis, axis) for axis in axes), "parameters"]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in plan.feasible[:_SHOWN]:
-        shape = row.candidate
-        table.add_row(shape.id, *(str(getattr(shape, axis)) for axis in axes), f"{row.parameters:,}")
-    return table
+    bounded = {band.measure for band in plan.limits.bands} if plan.limits is not None else set()
+    more = [measure for measure in _MEASURES if measure in bounded]
+    rows = tuple(
+        (
+            row.candidate.id,
+            *(str(getattr(row.candidate, axis)) for axis in axes),
+            f"{row.parameters:,}",
+            *(_MEASURES[measure][1](getattr(row, measure)) for measure in more),
+        )
+        for row in plan.feasible[:_SHOWN]
+    )
+    titles = [_TITLES.get(axis, axis) for axis in axes]
+    header = ("candidate", *titles, "parameters", *(_MEASURES[measure][0] for measure in more))
+    return Section(title="candidates", header=header, rows=rows)
 
 
 def _sizes(arch: Architecture) -> str:
@@ -137,38 +183,3 @@ def _sizes(arch: Architecture) -> str:
     if arch.experts:
         text += f", {arch.experts} experts of {arch.expert_mlp} with {arch.active_experts} a token"
     return text
-
-
-def _costs(plan: Plan, finished: Mapping[str, str]) -> Table:
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        caption=_caption(plan, finished),
-        caption_justify="left",
-    )
-    table.add_column("stage", no_wrap=True)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("FLOPs", justify="right", no_wrap=True)
-    table.add_column("what")
-    for cost in plan.costs:
-        row = (cost.stage, format_count(cost.tokens), f"{cost.flops:.1e}", cost.what)
-        if cost.stage in finished:
-            row = (cost.stage, "-", "-", f"finished in {finished[cost.stage]}: {cost.what}")
-        table.add_row(*row, style="dim" if cost.stage in finished else None)
-    to_do = [cost for cost in plan.costs if cost.stage not in finished]
-    total = sum(cost.flops for cost in to_do)
-    table.add_row(
-        "to do" if finished else "all", format_count(sum(c.tokens for c in to_do)), f"{total:.1e}", ""
-    )
-    return table
-
-
-def _caption(plan: Plan, finished: Mapping[str, str]) -> str | None:
-    notes = []
-    if plan.experiment.search is not None and plan.experiment.search.halving is not None:
-        notes.append("halving does less")
-    if plan.experiment.distill is not None:
-        notes.append("validation during distillation is not counted")
-    if finished:
-        notes.append("finished stages are reused if teacher and text are unchanged")
-    return "; ".join(notes) or None

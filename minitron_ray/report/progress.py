@@ -11,6 +11,7 @@ from typing import Any
 from minitron_ray.core.events import Event
 from minitron_ray.results.runs import STAGES
 
+_PLACES = {name: place for place, name in enumerate(STAGES)}
 _WINDOW = 120.0
 """Seconds of progress that the remaining time is reckoned from."""
 
@@ -115,7 +116,7 @@ class ProgressModel:
         self.folder = str(fields.get("folder", ""))
 
     def _stage_started(self, at: float, fields: dict[str, Any]) -> None:
-        name = fields["stage"]
+        name = self._stage(fields).name
         self._stages[name] = Stage(
             name=name,
             status="running",
@@ -174,7 +175,12 @@ class ProgressModel:
         _update(stage, fields, "summary", "seconds")
 
     def _stage(self, fields: dict[str, Any]) -> Stage:
-        return self._stages.setdefault(fields["stage"], Stage(name=fields["stage"]))
+        name = fields["stage"]
+        if name not in self._stages:  # one that only the plan could tell, at its place
+            self._stages[name] = Stage(name=name)
+            order = sorted(self._stages, key=lambda known: _PLACES.get(known, len(STAGES)))
+            self._stages = {known: self._stages[known] for known in order}
+        return self._stages[name]
 
     def _trial(self, fields: dict[str, Any]) -> Trial:
         name = fields["candidate_id"]

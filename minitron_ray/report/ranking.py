@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from minitron_ray.core.units import format_count
+from minitron_ray.experiment import Budget
 from minitron_ray.models import architecture
 from minitron_ray.report import tables
+from minitron_ray.report.findings import Findings, read_findings, sections
+from minitron_ray.report.plan_actual import StageActual, actual_section, plan_against_actual
+from minitron_ray.report.sections import Section
 from minitron_ray.report.tables import Tables
 from minitron_ray.results.runs import RunInfo
 
@@ -26,7 +29,9 @@ _WAITING = {
     "prepare": "the data is not prepared",
     "importance": "the teacher's units are not scored",
     "teacher": "the teacher's signal is not recorded",
+    "zero_shot": "undistilled cuts are not measured",
     "search": "the search has not finished",
+    "baselines": "baselines have not finished",
     "distill": "the distillation has not finished",
     "evaluate": "teacher and students are not evaluated",
     "export": "no student is exported",
@@ -62,6 +67,14 @@ class Entry:
     reason: str | None
     export: str | None
     """Folder of the exported model, relative to the run folder."""
+    behind: dict[str, Any] | None = None
+    """The row of `comparisons` with the best distilled student, or the search's winner at its last rung."""
+
+    @property
+    def tied(self) -> bool:
+        """With the best of its status, as far as the validation sequences can tell."""
+        ended = self.status in ("distilled", "completed")
+        return ended and self.behind is not None and bool(self.behind["tied"])
 
     @property
     def loss(self) -> float | None:
@@ -83,12 +96,23 @@ class Ranking:
     budget: str | None
     entries: tuple[Entry, ...]
     missing: tuple[str, ...]
+    findings: Findings
+    costs: tuple[StageActual, ...] = ()
+    sections: tuple[Section, ...] = ()
+    """What stands under the ranking."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self) | {
-            "entries": [asdict(entry) for entry in self.entries],
+        fields = {
+            name: getattr(self, name) for name in ("experiment", "run_id", "folder", "status", "budget")
+        }
+        return {
+            **fields,
             "stages": list(self.stages),
+            "entries": [asdict(entry) | {"tied": entry.tied} for entry in self.entries],
+            "missing": list(self.missing),
+            **asdict(self.findings),
+            "costs": [cost.as_json() for cost in self.costs],
         }
 
 
@@ -98,18 +122,31 @@ def rank(run: RunInfo) -> Ranking:
     resolved = _resolved(run.folder)
     budget = resolved.get("budget")
     teacher = _teacher(found, run.folder)
-    students = [_student(name, found, budget, teacher) for name in _names(found)]
+    findings = read_findings(run.store)
+    students = [
+        replace(_student(name, found, budget, teacher), behind=findings.behind(name, "distilled", "search"))
+        for name in _names(found)
+    ]
     students.sort(key=_place)
+    costs = plan_against_actual(run)
     return Ranking(
         experiment=run.experiment,
         run_id=run.run_id,
         folder=str(run.folder),
         status=run.status,
         stages=run.stages,
-        budget=_budget_text(budget),
+        budget=_budget_text(budget, (resolved.get("data") or {}).get("sequence_length", 256)),
         entries=(teacher, *_numbered(students)),
         missing=tuple(_missing(run, found, resolved)),
+        findings=findings,
+        costs=costs,
+        sections=(*sections(findings, _shapes(found)), *((actual_section(costs),) if costs else ())),
     )
+
+
+def _shapes(found: Tables) -> dict[str, str]:
+    """Shapes for people, by candidate."""
+    return {name: text for name, row in found.candidates.items() if (text := shape_text(row)) is not None}
 
 
 def shape_text(row: dict[str, Any]) -> str | None:
@@ -123,13 +160,16 @@ def shape_text(row: dict[str, Any]) -> str | None:
 
 
 def budget_distance(parameters: int | None, budget: dict[str, Any] | None) -> float | None:
-    """How far a count is from the budget's centre, or from the nearest edge of a range (0 inside)."""
+    """How far a count is from the budget's centre, or from the nearest end of a range or limit (0 inside);
+    None for a budget that doesn't bound parameters."""
     if parameters is None or not budget:
         return None
-    target = budget["parameters"]
-    if isinstance(target, dict):
-        target = min(max(parameters, target["low"]), target["high"])
-    return (parameters - target) / float(target)
+    bounds = Budget.model_validate(budget).parameters
+    if bounds is None:
+        return None
+    low, high = bounds.ends(0)
+    target = bounds.centre or min(max(parameters, low), high)
+    return (parameters - target) / target
 
 
 def _teacher(found: Tables, folder: Path) -> Entry:
@@ -225,7 +265,7 @@ def _numbered(students: list[Entry]) -> Iterator[Entry]:
     for entry in students:
         if entry.status in ("distilled", "distilling", "cut", "completed"):
             place += 1
-            yield Entry(**{**asdict(entry), "rank": place})
+            yield replace(entry, rank=place)
         else:
             yield entry
 
@@ -264,11 +304,6 @@ def _prepared_teacher(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_bytes())["output"].get("teacher") or {}
 
 
-def _budget_text(budget: dict[str, Any] | None) -> str | None:
-    if not budget:
-        return None
-    target = budget["parameters"]
-    counted = " without embeddings" if budget.get("count") == "non_embedding" else ""
-    if isinstance(target, dict):
-        return f"{format_count(target['low'])} to {format_count(target['high'])} parameters{counted}"
-    return f"{format_count(target)} parameters{counted} ± {100 * budget.get('tolerance', 0):g}%"
+def _budget_text(budget: dict[str, Any] | None, length: int) -> str | None:
+    """The bands, for people; `length` are the tokens of a sequence of the data."""
+    return Budget.model_validate(budget).limits(length).text() if budget else None

@@ -77,7 +77,8 @@ def read(store: Store) -> Tables:
 def _trials(store: Store) -> dict[str, Trial]:
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in store.read("trials").to_pylist():
-        rows[row["candidate_id"]].append(row)
+        if row["origin"] in (None, "search"):  # baselines stand in a section of their own
+            rows[row["candidate_id"]].append(row)
     return {name: _trial(name, found) for name, found in rows.items()}
 
 

@@ -1,22 +1,20 @@
-"""A `Ranking` for people: `render` to a terminal or pipe of any width, `markdown` for a page.
-
-Where the columns do not all fit side by side they go on in a second table under the first. No
-figure is ever cut off.
-"""
+"""A `Ranking` and its sections for people: `render` to a terminal or pipe of any width, `markdown` for a
+page. Where the columns do not all fit side by side they go on in a second table under the first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from minitron_ray.core.units import format_count, format_seconds
+from minitron_ray.report import sections
+from minitron_ray.report.findings import interval_text
 from minitron_ray.report.ranking import Entry, Ranking
+from minitron_ray.report.sections import Section
 
 NONE = "-"
 _T = TypeVar("_T")
@@ -29,36 +27,41 @@ class Column:
     header: str
     text: Callable[[Entry], str]
     right: bool = True
-    shown: Callable[[Sequence[str]], bool] = lambda stages: True
+    shown: Callable[[Ranking], bool] = lambda ranking: True
     """Whether a run of these stages has something to say under it that no other column says."""
 
 
-def _trains(stages: Sequence[str]) -> bool:
-    return "search" in stages or "distill" in stages
+def _has(*stages: str) -> Callable[[Ranking], bool]:
+    return lambda ranking: any(stage in ranking.stages for stage in stages)
 
 
 COLUMNS = (
-    Column("#", lambda e: _or_none(e.rank, str)),
+    Column("#", lambda e: _or_none(e.rank, lambda rank: f"{rank}=" if e.tied else str(rank))),
     Column("shape", lambda e: _name(e), right=False),
     Column("status", lambda e: e.status, right=False),
     Column("params", lambda e: _or_none(e.parameters, format_count)),
-    Column("cut\nloss", lambda e: _or_none(e.cut_loss, _loss), shown=_trains),
-    Column("loss", lambda e: _or_none(e.loss, _loss), shown=lambda s: "distill" not in s),
+    Column("cut\nloss", lambda e: _or_none(e.cut_loss, _loss), shown=_has("search", "distill")),
+    Column("loss", lambda e: _or_none(e.loss, _loss), shown=lambda r: "distill" not in r.stages),
     Column(
         "search\nloss",
         lambda e: _or_none(e.search_loss, _loss),
-        shown=lambda s: "search" in s and "distill" in s,
+        shown=lambda r: "search" in r.stages and "distill" in r.stages,
     ),
-    Column("final\nloss", lambda e: _or_none(e.final_loss, _loss), shown=lambda s: "distill" in s),
+    Column("final\nloss", lambda e: _or_none(e.final_loss, _loss), shown=_has("distill")),
+    Column(
+        "behind the best\n[95 %]",
+        lambda e: NONE if e.behind is None else interval_text(e.behind),
+        shown=lambda r: any(e.behind is not None for e in r.entries),
+    ),
     Column("per-\nplexity", lambda e: _or_none(e.perplexity, _perplexity)),
     Column("of\nteacher", lambda e: _or_none(e.recovery, lambda v: f"{100 * v:.1f}%")),
     Column(
         "off\nbudget",
         lambda e: _or_none(e.budget_distance, lambda v: f"{100 * v:+.1f}%"),
-        shown=lambda s: "search" in s,
+        shown=_has("search"),
     ),
-    Column("tokens", lambda e: _or_none(e.tokens, format_count), shown=_trains),
-    Column("time", lambda e: _or_none(e.seconds, format_seconds), shown=_trains),
+    Column("tokens", lambda e: _or_none(e.tokens, format_count), shown=_has("search", "distill")),
+    Column("time", lambda e: _or_none(e.seconds, format_seconds), shown=_has("search", "distill")),
     Column("candidate", lambda e: NONE if e.status == "teacher" else e.subject, right=False),
 )
 _KEYS = 2
@@ -72,30 +75,28 @@ def render(ranking: Ranking, console: Console) -> None:
     )
     if ranking.budget:
         console.print(f"budget {ranking.budget}")
-    for table in _tables(columns_of(ranking), ranking.entries, console):
+    for table in sections.tables(_table(ranking), console):
         console.print()
         console.print(table)
     console.print()
     for line in sentences(ranking):
         console.print(escape(line), soft_wrap=True, highlight=False)
+    for section in ranking.sections:
+        sections.show(section, console)
 
 
 def columns_of(ranking: Ranking) -> list[Column]:
     """The columns that a run of these stages fills."""
-    return [column for column in COLUMNS if column.shown(ranking.stages)]
+    return [column for column in COLUMNS if column.shown(ranking)]
 
 
 def markdown(ranking: Ranking) -> str:
     """The same as a Markdown page."""
-    columns = columns_of(ranking)
-    header = [column.header.replace("-\n", "").replace("\n", " ") for column in columns]
-    rule = ["---:" if column.right else "---" for column in columns]
-    rows = [[column.text(entry) or " " for column in columns] for entry in ranking.entries]
-    table = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
     title = [f"## {ranking.experiment}, run {ranking.run_id} ({ranking.status})", ""]
     budget = [f"Budget: {ranking.budget}", ""] if ranking.budget else []
     notes = [f"- {line}" for line in sentences(ranking)]
-    return "\n".join([*title, *budget, *table, "", *notes]) + "\n"
+    page = "\n".join([*title, *budget, *sections.markdown_table(_table(ranking)), "", *notes]) + "\n"
+    return page + "".join(sections.markdown(section) for section in ranking.sections)
 
 
 def sentences(ranking: Ranking) -> Iterator[str]:
@@ -103,6 +104,7 @@ def sentences(ranking: Ranking) -> Iterator[str]:
     best = next((entry for entry in ranking.entries if entry.rank == 1), None)
     if best and best.loss is not None and (best.final_loss is not None or "distill" not in ranking.stages):
         yield from _verdict(best)
+        yield from _ties(best, ranking)
     for entry in ranking.entries:
         if entry.export:
             yield f"exported: {_name(entry)} in {ranking.folder}/{entry.export}"
@@ -134,6 +136,28 @@ def _verdict(best: Entry) -> Iterator[str]:
     yield line
 
 
+def _ties(best: Entry, ranking: Ranking) -> Iterator[str]:
+    """Which students the validation sequences do not tell from the best, among those compared with one."""
+    compared = [entry for entry in ranking.entries if entry.behind is not None]
+    counts = {entry.behind["sequences"] for entry in compared if entry.behind is not None}
+    if not counts:
+        return
+    after = f"on {max(counts)} validation sequences"
+    same = [entry for entry in compared if entry.status == best.status]
+    tied = [_name(entry) for entry in same if entry.tied]
+    if tied:
+        yield f"tied with the best {after}: {', '.join(tied)}"
+    elif same:
+        yield f"no other student ties with the best {after}"
+    left = [_name(entry) for entry in compared if entry.tied and entry.status != best.status]
+    if left:
+        yield f"tied with the search's best {after}, and not distilled: {', '.join(left)} (search.keep: ties)"
+    yield (
+        "behind the best: mean difference of losses with its 95 % interval (paired bootstrap), = where it "
+        "holds zero; before distillation, at the last rung that both reached"
+    )
+
+
 def _name(entry: Entry) -> str:
     return entry.shape or entry.subject
 
@@ -150,30 +174,18 @@ def _or_none(value: _T | None, text: Callable[[_T], str]) -> str:
     return NONE if value is None else text(value)
 
 
-def _table(columns: Sequence[Column], entries: Sequence[Entry]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for column in columns:
-        side: Literal["left", "right"] = "right" if column.right else "left"
-        table.add_column(column.header, justify=side, vertical="bottom", no_wrap=True, overflow="fold")
-    for entry in entries:
-        style = {"teacher": "bold", "failed": "red", "stopped": "dim"}.get(entry.status)
-        style = "green" if entry.rank == 1 else style
-        table.add_row(*(escape(column.text(entry)) for column in columns), style=style)
-    return table
+def _table(ranking: Ranking) -> Section:
+    columns = columns_of(ranking)
+    return Section(
+        title="",
+        header=tuple(column.header for column in columns),
+        rows=tuple(tuple(column.text(entry) for column in columns) for entry in ranking.entries),
+        styles=tuple(_style(entry) for entry in ranking.entries),
+        words=frozenset(at for at, column in enumerate(columns) if not column.right),
+        keys=_KEYS,
+    )
 
 
-def _tables(columns: list[Column], entries: Sequence[Entry], console: Console) -> Iterator[Table]:
-    """The columns in as few tables as the console's width allows."""
-    keys, rest = columns[:_KEYS], columns[_KEYS:]
-    page = list(keys)
-    for column in rest:
-        if len(page) > _KEYS and not _fits(_table([*page, column], entries), console):
-            yield _table(page, entries)
-            page = list(keys)
-        page.append(column)
-    yield _table(page, entries)
-
-
-def _fits(table: Table, console: Console) -> bool:
-    unbounded = console.options.update(max_width=10_000)
-    return console.measure(table, options=unbounded).maximum <= console.width
+def _style(entry: Entry) -> str | None:
+    style = {"teacher": "bold", "failed": "red", "stopped": "dim"}.get(entry.status)
+    return "green" if entry.rank == 1 else style

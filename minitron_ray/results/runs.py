@@ -14,7 +14,17 @@ from typing import Final
 from minitron_ray.core.errors import EnvironmentFailure, NotFound
 from minitron_ray.results.store import Store
 
-STAGES: Final = ("prepare", "importance", "teacher", "search", "distill", "evaluate", "export")
+STAGES: Final = (
+    "prepare",
+    "importance",
+    "teacher",
+    "zero_shot",
+    "search",
+    "baselines",
+    "distill",
+    "evaluate",
+    "export",
+)
 """All stages that a run can have, in order."""
 
 

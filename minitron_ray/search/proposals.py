@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
-from minitron_ray.models.budget import Band
-from minitron_ray.search.space import SPACE_AXES, CandidateRow, SpaceLike
+import numpy as np
+from numpy.typing import NDArray
+
+from minitron_ray.search.space import SPACE_AXES, Candidate, CandidateRow, SpaceLike
 
 if TYPE_CHECKING:
     from optuna import Trial
+    from optuna.distributions import BaseDistribution
 
 Values = tuple[int, ...] | tuple[float, ...]
 
@@ -22,51 +27,87 @@ class ShapeProposals:
     axes: tuple[tuple[str, Values], ...]
     feasible: tuple[str, ...]
     """Candidate ids inside the budget, in the order of enumeration."""
-    of_values: dict[tuple[Any, ...], tuple[str | None, float]]
-    """Values on the axes to candidate id (None where infeasible) and relative distance to the budget."""
+    values: tuple[tuple[int | float, ...], ...]
+    """Of each feasible candidate, its value on every axis."""
 
     @classmethod
-    def of(cls, rows: list[CandidateRow], space: SpaceLike, band: Band, teacher_hidden: int) -> Self:
+    def of(cls, rows: Iterable[CandidateRow], space: SpaceLike, teacher_hidden: int) -> Self:
         """From the enumerated space."""
         axes = tuple(
             (name, values) for name, values in _axes(space, teacher_hidden).items() if len(values) > 1
         )
-        of_values: dict[tuple[Any, ...], tuple[str | None, float]] = {}
-        for row in rows:
-            shape = row.candidate
-            named: dict[str, int | float] = {axis: getattr(shape, axis) for axis in SPACE_AXES}
-            if space.mlp is not None and space.mlp.ratios:
-                ratios = [r for r in space.mlp.ratios if max(1, round(r * shape.hidden)) == shape.mlp]
-                named["mlp_ratio"] = ratios[0]
-            counted = row.parameters if band.count == "total" else row.non_embedding_parameters
-            distance = abs(band.distance(counted)) / band.high
-            infeasible = max(distance, 1e-9)  # a shape that cannot be built may lie inside the band
-            key = tuple(named[name] for name, _ in axes)
-            of_values[key] = (shape.id, 0.0) if row.in_budget else (None, infeasible)
-        feasible = tuple(row.candidate.id for row in rows if row.in_budget)
-        return cls(axes=axes, feasible=feasible, of_values=of_values)
+        ratios = space.mlp.ratios if space.mlp is not None else ()
+        shapes = [row.candidate for row in rows if row.in_budget]
+        return cls(
+            axes=axes,
+            feasible=tuple(shape.id for shape in shapes),
+            values=tuple(tuple(_value(shape, name, ratios) for name, _ in axes) for shape in shapes),
+        )
 
     def __call__(self, trial: Trial, /) -> None:
+        """Suggest a value on every axis."""
         for name, values in self.axes:
-            steps = {b - a for a, b in pairwise(values)}
-            if len(steps) == 1 and all(isinstance(value, int) for value in values):
-                trial.suggest_int(name, int(values[0]), int(values[-1]), step=int(steps.pop()))
+            if (step := _even_step(values)) is not None:
+                trial.suggest_int(name, int(values[0]), int(values[-1]), step=step)
             else:
                 trial.suggest_categorical(name, values)
 
-    def candidate_id(self, parameters: dict[str, Any]) -> str | None:
-        return self._found(parameters)[0]
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """What `__call__` suggests from, for trials that are written down rather than asked for."""
+        from optuna.distributions import CategoricalDistribution, IntDistribution
 
-    def violation(self, parameters: dict[str, Any]) -> float:
-        return self._found(parameters)[1]
+        return {
+            name: CategoricalDistribution(values)
+            if (step := _even_step(values)) is None
+            else IntDistribution(int(values[0]), int(values[-1]), step=step)
+            for name, values in self.axes
+        }
 
     def parameters(self, candidate_id: str) -> dict[str, Any]:
-        key = next(key for key, (found, _) in self.of_values.items() if found == candidate_id)
-        return {name: value for (name, _), value in zip(self.axes, key, strict=True)}
+        """The values that suggest this candidate. Raises KeyError where it is not feasible."""
+        values = self.values[self._places[candidate_id]]
+        return {name: value for (name, _), value in zip(self.axes, values, strict=True)}
 
-    def _found(self, parameters: dict[str, Any]) -> tuple[str | None, float]:
-        # Two ratios may round to one size; the shape is then known under the first of them.
-        return self.of_values.get(tuple(parameters[name] for name, _ in self.axes), (None, 1e-9))
+    def nearest(self, parameters: Mapping[str, Any], among: Collection[str]) -> str:
+        """Of the feasible candidates `among`, the one whose sizes are the fewest steps away, each axis
+        taken as one long; the first of several."""
+        wanted = np.array([self._positions[name][parameters[name]] for name, _ in self.axes])
+        distances = np.abs(self._grid - wanted).sum(axis=1)
+        order = np.argsort(distances.round(9), kind="stable")
+        return next(self.feasible[place] for place in order if self.feasible[place] in among)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {candidate_id: place for place, candidate_id in enumerate(self.feasible)}
+
+    @cached_property
+    def _positions(self) -> dict[str, dict[int | float, float]]:
+        """Of each axis, the place of a value between 0 and 1."""
+        return {
+            name: {value: step / (len(values) - 1) for step, value in enumerate(values)}
+            for name, values in self.axes
+        }
+
+    @cached_property
+    def _grid(self) -> NDArray:
+        """The positions of the feasible candidates, (candidates, axes)."""
+        positions = [self._positions[name] for name, _ in self.axes]
+        return np.array([[p[v] for p, v in zip(positions, row, strict=True)] for row in self.values])
+
+
+def _value(shape: Candidate, axis: str, ratios: tuple[float, ...]) -> int | float:
+    if axis != "mlp_ratio":
+        size: int = getattr(shape, axis)
+        return size
+    # Two ratios may round to one size; the shape is then known under the first of them.
+    return next(ratio for ratio in ratios if max(1, round(ratio * shape.hidden)) == shape.mlp)
+
+
+def _even_step(values: Values) -> int | None:
+    """The distance between neighbours where all are whole and equally far apart."""
+    steps = {b - a for a, b in pairwise(values)}
+    whole = all(isinstance(value, int) for value in values)
+    return int(steps.pop()) if whole and len(steps) == 1 else None
 
 
 def _axes(space: SpaceLike, teacher_hidden: int) -> dict[str, Values]:

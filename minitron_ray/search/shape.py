@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.core.fingerprint import digest
@@ -12,6 +16,8 @@ from minitron_ray.models.families import family_of
 from minitron_ray.models.family import Family
 from minitron_ray.search import heads
 from minitron_ray.search.selection import PLAIN, CutRules
+
+S = TypeVar("S", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,27 +66,23 @@ class Candidate:
 
 
 def shape_of(teacher: Architecture, sizes: Mapping[str, int], rules: CutRules = PLAIN) -> Candidate:
-    """The shape with these sizes by axis; one that is not named keeps the teacher's.
+    """The shape with these sizes by axis; one that is not named keeps the teacher's, see `completed`."""
+    return Candidate(**{axis: getattr(teacher, axis) for axis in CUT_AXES} | completed(teacher, sizes, rules))
+
+
+def completed(teacher: Architecture, sizes: Mapping[str, S], rules: CutRules = PLAIN) -> dict[str, S]:
+    """The sizes, of one shape or of many, with those that follow from the ones that are named.
 
     Of heads and KV groups the one that is not named follows the other: groups follow heads where each
     of the teacher's heads has keys and values of its own; heads follow groups, as many in each as in
     the teacher, where groups are dropped and not averaged.
     """
-    query_heads, groups = sizes.get("heads"), sizes.get("kv_heads")
-    if query_heads is None:
-        dropping = groups is not None and rules.kv_groups == "drop"
-        query_heads = groups * teacher.heads_per_group if dropping and groups else teacher.heads
-    elif groups is None and teacher.heads_per_group == 1:
-        groups = query_heads
-    return Candidate(
-        layers=sizes.get("layers", teacher.layers),
-        hidden=sizes.get("hidden", teacher.hidden),
-        heads=query_heads,
-        kv_heads=teacher.kv_heads if groups is None else groups,
-        mlp=sizes.get("mlp", teacher.mlp),
-        experts=sizes.get("experts", teacher.experts),
-        expert_mlp=sizes.get("expert_mlp", teacher.expert_mlp),
-    )
+    found = dict(sizes)
+    if "heads" not in sizes and "kv_heads" in sizes and rules.kv_groups == "drop":
+        found["heads"] = sizes["kv_heads"] * teacher.heads_per_group
+    elif "heads" in sizes and "kv_heads" not in sizes and teacher.heads_per_group == 1:
+        found["kv_heads"] = sizes["heads"]
+    return found
 
 
 def check_axes(family: Family, named: Iterable[str], where: str) -> None:
@@ -112,6 +114,29 @@ class Refusals:
             or heads.problem(shape, self._teacher, self._rules)
             or self._unbuildable(arch or shape.architecture(self._teacher))
         )
+
+    def of_many(self, sizes: Mapping[str, NDArray[np.int64]]) -> NDArray[np.object_]:
+        """`of` for shapes with these sizes on all of CUT_AXES, (shapes,) int64 each.
+
+        Most axes are held against nothing but the teacher's size, so shapes that differ on these alone
+        share one judgement.
+        """
+        keys = np.zeros(len(sizes["layers"]), dtype=np.int64)
+        related = self._family.related_axes(self._teacher).union(
+            *(other.related_axes(self._teacher) for other in self._others)
+        )
+        for axis in CUT_AXES:
+            values, own = sizes[axis], getattr(self._teacher, axis)
+            if axis not in related:
+                values = np.where((values >= 1) & (values <= own), own, values)
+            found, places = np.unique(values, return_inverse=True)
+            keys = np.unique(keys * len(found) + places, return_inverse=True)[1]
+        _, examples = np.unique(keys, return_index=True)
+        reasons = np.empty(len(examples), dtype=object)
+        for place, example in enumerate(examples.tolist()):
+            reasons[place] = self.of(Candidate(**{axis: int(sizes[axis][example]) for axis in CUT_AXES}))
+        judged: NDArray[np.object_] = reasons[keys]
+        return judged
 
     def _unbuildable(self, arch: Architecture) -> str | None:
         problems = self._family.problems(arch)

@@ -151,7 +151,7 @@ def _cut_measurement(context: Context, candidate_id: str) -> Measurement:
     divergence = next(
         row["val_divergence"]
         for row in context.run.store.read("trials").to_pylist()
-        if row["candidate_id"] == candidate_id and row["rung"] == 0
+        if row["candidate_id"] == candidate_id and row["rung"] == 0 and row["origin"] in (None, "search")
     )
     return Measurement(
         losses=np.asarray([loss for _, loss in sorted(losses)]),

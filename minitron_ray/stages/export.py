@@ -76,7 +76,7 @@ def run(
     for done, candidate_id in enumerate(chosen):
         context.progress(done, len(chosen), "students")
         candidate = plan.candidate(candidate_id)
-        planned = plan.family.parameters(candidate.architecture(plan.teacher))
+        planned = plan.family.parameters(candidate.architecture(plan.start))
         card = model_card(_facts(context, plan, candidate_id))
         source: Path | Cut
         if candidate_id in folders:
@@ -169,12 +169,15 @@ def _facts(context: Context, plan: Plan, candidate_id: str) -> CardFacts:
         for row in context.run.store.read("evaluations").to_pylist()
         if row["metric"] == "perplexity"
     }
-    arch = plan.candidate(candidate_id).architecture(plan.teacher)
+    arch = plan.candidate(candidate_id).architecture(plan.start)
     return CardFacts(
         name=f"{context.experiment.name}-{candidate_id}",
         experiment=context.experiment,
         run_id=context.run.run_id,
         teacher=plan.teacher,
+        start=None if plan.start_source is None else plan.start,
+        start_source=plan.start_source,
+        start_parameters=plan.family.parameters(plan.start),
         student=arch,
         teacher_parameters=plan.family.parameters(plan.teacher),
         parameters=plan.family.parameters(arch),

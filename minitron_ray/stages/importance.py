@@ -11,8 +11,9 @@ from minitron_ray.importance.metric import ListeningLayerMetric, RemovalMetric
 from minitron_ray.importance.scores import Scores
 from minitron_ray.importance.units import UnitScores
 from minitron_ray.plan.plan import Plan
+from minitron_ray.search.rounds import round_shapes
 from minitron_ray.stages.context import Context
-from minitron_ray.stages.rounds import round_shapes, score_rounds
+from minitron_ray.stages.rounds import score_rounds
 from minitron_ray.stages.scoring import Scorer, Work
 from minitron_ray.stages.setting import Setting
 

@@ -33,6 +33,10 @@ class CardFacts:
     teacher: Architecture
     student: Architecture
     teacher_parameters: int
+    start: Architecture | None
+    """The model that was cut; None where it is the teacher."""
+    start_source: str | None
+    start_parameters: int
     parameters: int
     perplexity_teacher: float
     perplexity_cut: float
@@ -43,15 +47,10 @@ class CardFacts:
 def model_card(facts: CardFacts) -> str:
     """Markdown with the front matter that hubs read. The license is the teacher's to state, not ours."""
     experiment = facts.experiment
-    base = f"base_model: {experiment.teacher.path}\n" if is_hub_id(experiment.teacher.path) else ""
-    rows = "\n".join(
-        f"| {label} | {getattr(facts.teacher, axis):,} | {getattr(facts.student, axis):,} |"
-        for axis, label in _AXES
-        if getattr(facts.teacher, axis)
-    )
+    base = _base(experiment)
     loss = "" if experiment.distill is None else experiment.distill.loss.kind
     made = (
-        f"and distilled from it on {distilled_tokens(experiment):,} tokens\nwith the loss `{loss}`"
+        f"and distilled from {_source(facts)} on {distilled_tokens(experiment):,} tokens\nwith the loss `{loss}`"
         if experiment.distill is not None
         else "and not trained since: distill it before use"
     )
@@ -69,15 +68,10 @@ pipeline_tag: text-generation
 
 # {facts.name}
 
-A student of {facts.parameters:,} parameters, cut out of `{experiment.teacher.path}`
-({facts.teacher_parameters:,} parameters) {made}. It keeps the teacher's tokenizer; the teacher's license
-and its limits apply.
+A student of {facts.parameters:,} parameters, cut out of {_origin(facts)} {made}.
+It keeps the teacher's tokenizer; the teacher's license and its limits apply.
 
-| | teacher | student |
-|---|---|---|
-{rows}
-| parameters | {facts.teacher_parameters:,} | {facts.parameters:,} |
-| perplexity | {facts.perplexity_teacher:.2f} | {told} |
+{_table(facts, told)}
 
 Perplexity on {experiment.data.validation} held-out sequences of {experiment.data.sequence_length} tokens of the
 {text}. Seed {experiment.seed}, run `{facts.run_id}`, minitron-ray {__version__}.
@@ -90,3 +84,41 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 print(tokenizer.decode(model.generate(**tokenizer("The capital of France is", return_tensors="pt"))[0]))
 ```
 """
+
+
+def _base(experiment: Experiment) -> str:
+    """The line that names the model that was cut, where hubs know it."""
+    start = experiment.start
+    path = experiment.teacher.path if start is None else start.path
+    return f"base_model: {path}\n" if path is not None and is_hub_id(path) else ""
+
+
+def _origin(facts: CardFacts) -> str:
+    """The model that was cut."""
+    if facts.start is None:
+        return f"`{facts.experiment.teacher.path}`\n({facts.teacher_parameters:,} parameters)"
+    return f"a model of {facts.start_parameters:,} parameters\n(`{facts.start_source}`)"
+
+
+def _source(facts: CardFacts) -> str:
+    """What the student learnt from."""
+    if facts.start is None:
+        return "it"
+    return f"`{facts.experiment.teacher.path}` ({facts.teacher_parameters:,} parameters)"
+
+
+def _table(facts: CardFacts, perplexity: str) -> str:
+    """Sizes of all models in Markdown; the perplexity of the model that was cut is not measured."""
+    models = [facts.teacher, *([] if facts.start is None else [facts.start]), facts.student]
+    counts = [facts.teacher_parameters, *([] if facts.start is None else [facts.start_parameters])]
+    middle = "" if facts.start is None else " cut from |"
+    rows = [f"| | teacher |{middle} student |", "|---" * (len(models) + 1) + "|"]
+    rows += [
+        f"| {label} | {' | '.join(f'{getattr(model, axis):,}' for model in models)} |"
+        for axis, label in _AXES
+        if getattr(facts.teacher, axis)
+    ]
+    rows.append(f"| parameters | {' | '.join(f'{count:,}' for count in [*counts, facts.parameters])} |")
+    unknown = "" if facts.start is None else " |"
+    rows.append(f"| perplexity | {facts.perplexity_teacher:.2f} |{unknown} {perplexity} |")
+    return "\n".join(rows)

@@ -1,4 +1,5 @@
-"""Stage `prepare`: the teacher's folder and the packed tokens, from the cache or made now.
+"""Stage `prepare`: the folders of the teacher and of the model that is cut, and the packed tokens, from
+the cache or made now.
 
 It looks before every run, so that a changed file under the same name is noticed: digests of what it
 finds are part of every later stage's fingerprint, and of the run's.
@@ -7,6 +8,7 @@ finds are part of every later stage's fingerprint, and of the run's.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from minitron_ray.execution.stop import StopSignal
 from minitron_ray.experiment import Distill, Experiment, Retrain
 from minitron_ray.models.architecture import CUT_AXES
 from minitron_ray.models.families import family_of
-from minitron_ray.plan import Inputs, tokens_seen
+from minitron_ray.plan import Inputs, StartConfig, tokens_seen
 from minitron_ray.results.cache import Cache
 from minitron_ray.stages.setting import Setting
+from minitron_ray.stages.start import NO_RUNS, start_folder
 from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.fetch import resolve_teacher
 
@@ -40,18 +43,27 @@ class Prepared:
     output: dict[str, Any]
     summary: str
     seconds: float
+    start: StartConfig | None = None
+    """The model that is cut; None where that is the teacher."""
 
 
 def prepare(
-    experiment: Experiment, base: Path, cache: Cache, events: EventBus, stop: StopSignal, micro_batch: int
+    experiment: Experiment,
+    base: Path,
+    cache: Cache,
+    events: EventBus,
+    stop: StopSignal,
+    micro_batch: int,
+    runs: Mapping[str, str] = NO_RUNS,
 ) -> Prepared:
     """Fetches, converts, tokenises, splits; leaves nothing but cache entries.
 
-    `base` is the experiment file's folder. Raises ConfigError for input that cannot be used,
-    Interrupted if the user asked to stop.
+    `base` is the experiment file's folder; `runs` has ids of runs by experiment, whose students others
+    start from. Raises ConfigError for input that cannot be used, Interrupted if the user asked to stop.
     """
     started = time.monotonic()
     events.emit("stage_started", stage="prepare", total=None, unit="sequences")
+    start = _Start.of(experiment, base, cache, runs)
     teacher = experiment.teacher
     folder = resolve_teacher(teacher.path, teacher.revision, teacher.sha256, base, cache).folder
     checkpoint = Checkpoint(folder)
@@ -63,13 +75,20 @@ def prepare(
     splits = split_tokens(experiment, tokens)
     stop.check()
     measured = experiment.importance.depth.inputs(base)
-    inputs = Inputs(teacher=checkpoint.digest(), data=tokens.digest, depth=measured)
+    inputs = Inputs(
+        teacher=checkpoint.digest(),
+        data=tokens.digest,
+        start=None if start is None else start.digest,
+        depth=measured,
+    )
     sizes = {name: getattr(arch, name) for name in CUT_AXES}
     summary = (
         f"{format_count(family.parameters(arch))} {family.model_type}, {len(tokens):,} sequences of "
         f"{experiment.data.sequence_length} tokens: {len(splits.calibration)} to calibrate, "
         f"{len(splits.validation)} to validate, {len(splits.train):,} to train"
     )
+    if start is not None:
+        summary += f"; cut is {start.parameters} from {start.config.source}"
     seconds = time.monotonic() - started
     events.emit("stage_finished", stage="prepare", summary=summary, seconds=seconds)
     return Prepared(
@@ -79,6 +98,7 @@ def prepare(
             tokens_folder=tokens.folder.resolve(),
             splits=splits,
             micro_batch=micro_batch,
+            start_folder=None if start is None else start.folder,
         ),
         config=checkpoint.config,
         inputs=inputs,
@@ -88,10 +108,39 @@ def prepare(
             "teacher_digest": inputs.teacher,
             "data_digest": inputs.data,
             "counts": tokens.counts,
+            **({} if start is None else {"start": start.config.source, "start_digest": start.digest}),
         },
         summary=summary,
         seconds=seconds,
+        start=None if start is None else start.config,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Start:
+    """The model that is cut, checked."""
+
+    folder: Path
+    digest: str
+    parameters: str
+    config: StartConfig
+
+    @classmethod
+    def of(cls, experiment: Experiment, base: Path, cache: Cache, runs: Mapping[str, str]) -> _Start | None:
+        """None where the teacher is cut."""
+        if experiment.start is None:
+            return None
+        found = start_folder(experiment.start, base, cache, runs)
+        checkpoint = Checkpoint(found.folder)
+        family = family_of(checkpoint.config)
+        arch = family.read(checkpoint.config)
+        checkpoint.check(family, arch)
+        return cls(
+            folder=found.folder.resolve(),
+            digest=checkpoint.digest(),
+            parameters=format_count(family.parameters(arch)),
+            config=StartConfig(config=checkpoint.config, source=found.source),
+        )
 
 
 def split_tokens(experiment: Experiment, tokens: TokenStore) -> Splits:

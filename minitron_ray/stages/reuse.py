@@ -23,7 +23,9 @@ from minitron_ray.results.store import Store
 
 TABLES: Final = {
     "importance": (("importance", "importance"),),
+    "zero_shot": (("zero_shot", "zero_shot"),),
     "search": (("trials", "trial-"), ("sequence_losses", "trial-")),
+    "baselines": (("trials", "baseline-"), ("sequence_losses", "baseline-")),
     "distill": (("steps", "distill-"),),
     "evaluate": (("evaluations", "evaluate-"), ("sequence_losses", "evaluate-")),
 }
@@ -48,7 +50,7 @@ def take_over(run: Run, stage: str, fingerprint: str) -> dict[str, Any] | None:
 def finished(results: Path, plan: Plan, base: Path) -> dict[str, str]:
     """The stages of a plan that an earlier run has finished, and which run that is.
 
-    Digests of teacher and text are those of the newest run with the same sections `teacher` and
+    Digests of models and text are those of the newest run with the same sections `teacher`, `start` and
     `data`: they are not hashed again, so whether they still hold shows when the run begins. `base` is
     the experiment file's folder. Raises ConfigError where a file of the depth metric cannot be read.
     """
@@ -79,14 +81,21 @@ def _inputs(folder: Path, experiment: Experiment) -> Inputs | None:
     if not resolved.is_file() or not prepared.is_file():
         return None
     there = YAML(typ="safe", pure=True).load(resolved) or {}
-    here = experiment.model_dump(mode="json", include={"teacher", "data"})
-    for section, unread in (("teacher", "config"), ("data", "calibration"), ("data", "validation")):
-        for fields in (there.get(section) or {}, here[section]):
+    here = experiment.model_dump(mode="json", include={"teacher", "start", "data"})
+    for section, unread in (
+        ("teacher", "config"),
+        ("start", "config"),
+        ("data", "calibration"),
+        ("data", "validation"),
+    ):
+        for fields in (there.get(section) or {}, here[section] or {}):
             fields.pop(unread, None)
     if any(there.get(section) != here[section] for section in here):
         return None
     output = json.loads(prepared.read_bytes())["output"]
-    return Inputs(teacher=output["teacher_digest"], data=output["data_digest"])
+    return Inputs(
+        teacher=output["teacher_digest"], data=output["data_digest"], start=output.get("start_digest")
+    )
 
 
 def outputs_exist(folder: Path, output: dict[str, Any]) -> bool:

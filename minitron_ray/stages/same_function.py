@@ -22,7 +22,7 @@ def prove_same_function(setting: Setting, report: Callable[..., None]) -> None:
     share = setting.share()
     ids = setting.tokens().sequences(np.asarray(setting.splits.validation[:SEQUENCES]))
     own = _logits(Checkpoint(setting.teacher_folder), ids, share)
-    other = _logits(setting.checkpoint, ids, share)
+    other = _logits(setting.teacher_checkpoint, ids, share)
     difference = float((own.float() - other.float()).abs().max())
     if not torch.equal(own, other):
         raise ConfigError(

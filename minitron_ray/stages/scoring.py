@@ -51,7 +51,7 @@ class Work:
     """For files that do not outlive the pass."""
 
     def resident(self) -> bool:
-        """Whether the teacher's weights fit what this worker may take of the free memory."""
+        """Whether the weights of the model that is cut fit what this worker may take of the free memory."""
         if self.mode != "auto":
             return self.mode == "resident"
         setting, share = self.setting, self.setting.share()
@@ -69,7 +69,7 @@ class Work:
         """The teacher, layer by layer, whole in memory or not."""
         setting, share = self.setting, self.setting.share()
         if self.resident():
-            return Layerwise(setting.teacher(share).model, setting.family)
+            return Layerwise(setting.start(share).model, setting.family)
         return StreamedLayerwise(setting.checkpoint, dtype=share.dtype, device=share.device)
 
     def _free(self) -> float:
@@ -149,12 +149,12 @@ def hear(groups: list[Group], work: Work, ears: Listeners, report: Callable[...,
         report("stage_progress", stage="importance", done=done, total=total, unit="sequences")
 
     if work.resident():
-        return gather(setting.teacher(share), ears, groups, read, progress)
+        return gather(setting.start(share), ears, groups, read, progress)
     sequences = sum(len(batch) for group in groups for batch in group)
     positions = 1 + max(ears.depth.blocks, default=0) if ears.depth is not None else 1
-    teacher = StreamedLayerwise(setting.checkpoint, dtype=share.dtype, device=share.device)
+    model = StreamedLayerwise(setting.checkpoint, dtype=share.dtype, device=share.device)
     folder = work.streams_folder(sequences, positions)
-    return gather_streamed(teacher, ears, groups, read, progress, folder)
+    return gather_streamed(model, ears, groups, read, progress, folder)
 
 
 def remove(

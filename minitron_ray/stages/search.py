@@ -2,188 +2,152 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_ray.core.errors import MinitronError
-from minitron_ray.execution.tune_search import KnownTrial, SearchRequest, run_search
-from minitron_ray.plan import Plan, tokens_seen
+import numpy as np
+
+from minitron_ray.core.errors import ConfigError
+from minitron_ray.execution.tune_search import SearchRequest, run_search
+from minitron_ray.plan import Plan
 from minitron_ray.results.store import Store
+from minitron_ray.search.choice import intervals
+from minitron_ray.search.cohorts import Cohorts, Known
+from minitron_ray.search.halving import Halving, cohort_size
 from minitron_ray.search.proposals import ShapeProposals
+from minitron_ray.search.propose import Told, propose, sampler_for
+from minitron_ray.search.sampler import SearchSampler
+from minitron_ray.search.study import write_study
+from minitron_ray.stages.choice import choose
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.importance import read_scores
+from minitron_ray.stages.objectives import Cost
 from minitron_ray.stages.setting import Setting
-from minitron_ray.stages.trial import Objective, rung_steps
-
-ENDED = ("completed", "stopped", "failed")
+from minitron_ray.stages.trial import Objective, rung_tokens
+from minitron_ray.stages.trial_record import Record
+from minitron_ray.stages.zero_shot import read_zero_shot
 
 
 def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> tuple[dict[str, Any], str]:
-    """Writes `trials` and `sequence_losses`; returns the chosen candidates, best first."""
+    """Writes `trials`, `sequence_losses` and `study.journal`; returns the chosen candidates, best first.
+
+    What is tried, what is stopped and what wins follows from the experiment: an attempt goes on from
+    the tables and checkpoints of those before it.
+    """
     search, store = context.experiment.searched, context.run.store
-    assert plan.band is not None
-    batch_tokens = search.retrain.batch * context.experiment.data.sequence_length
-    rungs = [step * batch_tokens for step in rung_steps(setting)]
+    checkpoints = (context.run.folder / "trials").resolve()
+    sampler = sampler_for(search.sampler, len(plan.feasible), search.trials)
+    cost, group = Cost(plan), context.cluster.trial_group()
+    if group is not None and cost.name == "latency":
+        raise ConfigError(
+            f"search.sampler.against: latency is timed on one device, and the cluster file has {group.workers} "
+            f"trial_workers; choose flops or parameters"
+        )
     objective = Objective(
         setting=setting,
         scores=read_scores(context),
         candidates={row.candidate.id: row.candidate for row in plan.feasible},
         signal=Path(signal) if signal else None,
+        checkpoints=checkpoints if search.halving or group else None,
+        latency=cost.name == "latency",
+        group=group,
     )
-    request = SearchRequest(
-        objective=objective,
-        proposals=ShapeProposals.of(list(plan.rows), search.space, plan.band, plan.teacher.hidden),
-        sampler=search.sampler.build(context.experiment.seed),
-        study=context.run.folder / "study.journal",
-        trials=plan.trials,
-        rungs=tuple(rungs),
-        reduction=search.halving.reduction if search.halving else None,
-        known=known_trials(store),
+    proposer = _Proposer(context, plan, sampler)
+    cohorts = _cohorts(plan, setting, store, proposer, cost)
+    record = Record(context, plan, cohorts, checkpoints, keep_stopped=search.keep == "ties")
+    run_search(
+        context.cluster, SearchRequest(objective=objective, cohorts=cohorts, cost=cost, group=group), record
     )
-    record = Record(context, plan)
-    record.show_known(request.known)
-    run_search(context.cluster, request, record)
     context.check_stop()
-    return _choose(plan, store)
+    proposer.write_study(cohorts.told())
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return choose(plan, store, cost)
 
 
-def known_trials(store: Store) -> tuple[KnownTrial, ...]:
-    """What earlier attempts of this search left in the table `trials`."""
-    rungs: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    ended: dict[str, bool] = defaultdict(bool)
-    for row in store.read("trials").to_pylist():
-        candidate_id = row["candidate_id"]
-        if row["tokens"] and row["val_loss"] is not None:
-            rungs[candidate_id].append((row["tokens"], row["val_loss"]))
-        ended[candidate_id] |= row["status"] in ("completed", "stopped")  # a failed one is tried again
-    return tuple(
-        KnownTrial(candidate_id=key, rungs=tuple(sorted(rungs[key])), ended=value)
-        for key, value in ended.items()
+def _cohorts(plan: Plan, setting: Setting, store: Store, proposer: _Proposer, cost: Cost) -> Cohorts:
+    search, rungs = plan.experiment.searched, rung_tokens(setting)
+    halving = search.halving
+    reduction = halving.reduction if halving else None
+    size = cohort_size(
+        plan.trials,
+        len(rungs),
+        reduction,
+        search.fewest_kept,
+        learns=proposer.sampler.learns,
+        given=halving.cohort if halving else None,
+    )
+    return Cohorts(
+        trials=plan.trials,
+        size=size,
+        rule=Halving(rungs=rungs, reduction=reduction, keep=search.fewest_kept),
+        propose=proposer,
+        ties=Ties(store, plan.experiment.seed) if search.keep == "ties" else None,
+        costed=cost.name is not None,
+        known=known_trials(store, cost),
     )
 
 
-def _choose(plan: Plan, store: Store) -> tuple[dict[str, Any], str]:
-    rows = [row for row in store.read("trials").to_pylist() if row["final"]]
-    completed = sorted(
-        (r for r in rows if r["status"] == "completed"), key=lambda r: (r["val_loss"], r["candidate_id"])
-    )
-    if not completed:
-        reasons = sorted({row["reason"] for row in rows if row["reason"]})
-        why = "; ".join(reasons) or "all were stopped"
-        raise MinitronError(f"none of {len(rows)} trials was completed: {why}; see logs/ in the run")
-    keep = plan.experiment.searched.keep
-    chosen = completed[:keep]
-    best = chosen[0]
-    counts = {status: sum(row["status"] == status for row in rows) for status in ENDED}
-    told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    shape = plan.candidate(best["candidate_id"]).shape_text()
-    if len(chosen) < keep:
-        told += f" (keep asks for {keep}; only completed trials can be kept)"
-    summary = f"{told}; best {best['candidate_id']} ({shape}), loss {best['val_loss']:.3f}"
-    return {"chosen": [row["candidate_id"] for row in chosen]}, summary
+def known_trials(store: Store, cost: Callable[[str, Mapping[str, Any]], float | None]) -> dict[str, Known]:
+    """What earlier attempts of this search left in the table `trials`.
 
-
-class Record:
-    """Writes each rung as it is reported, and marks the last one when the trial has ended.
-
-    The fragment's name is the candidate and the rung: a trial that is run again after a kill
-    rewrites its rows instead of doubling them.
+    Failed trials stay failed, unless none was completed: then what made them fail may have gone.
     """
+    rows = [row for row in store.read("trials").to_pylist() if row["origin"] in (None, "search")]
+    completed = any(row["status"] == "completed" for row in rows)
+    known: dict[str, Known] = {}
+    for row in rows:
+        trial = known.setdefault(row["candidate_id"], Known(cohort=row["cohort"]))
+        if row["val_loss"] is not None:
+            trial.losses[row["tokens"]] = row["val_loss"]
+            trial.cost = cost(row["candidate_id"], row)
+        trial.failed |= completed and row["status"] == "failed"
+    return known
 
-    def __init__(self, context: Context, plan: Plan) -> None:
-        self._context, self._plan = context, plan
-        self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        self._done = 0
 
-    def show_known(self, known: tuple[KnownTrial, ...]) -> None:
-        """Tell the listeners about trials of earlier attempts."""
-        for row in self._context.run.store.read("trials").to_pylist():
-            if row["final"]:
-                self._emit_end(
-                    row["candidate_id"], row["status"], row["reason"], row["val_loss"], row["tokens"]
-                )
-        self._done = sum(trial.ended for trial in known)
-        self._progress()
+class _Proposer:
+    """Asks the sampler for a cohort, and shows the study so far in `study.journal`."""
 
-    def started(self, candidate_id: str) -> None:
-        """Rows of a cut-off attempt are dropped: this one may end at an earlier rung."""
-        self._rows[candidate_id].clear()
-        for table in ("trials", "sequence_losses"):
-            self._context.run.store.remove(table, f"trial-{candidate_id}")
+    def __init__(self, context: Context, plan: Plan, sampler: SearchSampler) -> None:
+        self.sampler = sampler
+        self._asked = context.experiment.searched.sampler  # its objectives hold, whoever takes the shapes
+        self._seed = context.experiment.seed
+        space = context.experiment.searched.space
+        self._proposals = ShapeProposals.of(plan.rows, space, plan.start.hidden)
+        self._zero_shot = read_zero_shot(context.run.store)
+        self._journal = context.run.folder / "study.journal"
+        self._shapes = {row.candidate.id: row.candidate.shape_text() for row in plan.feasible}
 
-    def rung(self, candidate_id: str, result: dict[str, Any]) -> None:
-        rows = self._rows[candidate_id]
-        row = {
-            "candidate_id": candidate_id,
-            "rung": len(rows),
-            **{
-                name: result[name]
-                for name in ("tokens", "val_loss", "val_divergence", "train_loss", "seconds")
-            },
-            "final": False,
-            "status": "running",
-            **self._shape(candidate_id),
+    def __call__(self, cohort: int, told: Sequence[Told], count: int) -> list[str]:
+        if told:
+            self.write_study(told)
+        return propose(self._proposals, self.sampler, self._seed, cohort, told, self._zero_shot, count)
+
+    def write_study(self, told: Sequence[Told]) -> None:
+        shapes = {trial.candidate_id: {"shape": self._shapes[trial.candidate_id]} for trial in told}
+        write_study(self._journal, self._proposals, self._asked, told, self._zero_shot, shapes)
+
+
+class Ties:
+    """The stopped trials whose validation sequences do not tell them from the winner, where they stopped."""
+
+    def __init__(self, store: Store, seed: int) -> None:
+        self._store, self._seed = store, seed
+
+    def __call__(self, winner: str, stopped: Mapping[str, int]) -> list[str]:
+        losses: dict[tuple[str, int], dict[int, float]] = {}
+        for row in self._store.read("sequence_losses").to_pylist():
+            if row["phase"] == "search":
+                losses.setdefault((row["subject"], row["tokens"]), {})[row["sequence"]] = row["loss"]
+        differences = {
+            name: _in_order(losses[name, tokens]) - _in_order(losses[winner, tokens])
+            for name, tokens in stopped.items()
         }
-        rows.append(row)
-        experiment = self._plan.experiment
-        retrain = experiment.searched.retrain
-        store, phase = self._context.run.store, "search" if row["tokens"] else "cut"
-        first = self._context.ready.setting.splits.validation.start
-        losses = [
-            {
-                "subject": candidate_id,
-                "phase": phase,
-                "tokens": row["tokens"],
-                "sequence": first + i,
-                "loss": loss,
-            }
-            for i, loss in enumerate(result["losses"])
-        ]
-        store.append("sequence_losses", losses, writer=f"trial-{candidate_id}", sequence=row["rung"])
-        self._write(row)
-        self._context.events.emit(
-            "trial_progress",
-            candidate_id=candidate_id,
-            tokens=row["tokens"],
-            total_tokens=tokens_seen(retrain.tokens, retrain.batch, experiment.data.sequence_length),
-            val_loss=row["val_loss"],
-        )
+        found = intervals(np.stack(list(differences.values()), axis=1), seed=self._seed)
+        # One that was even ahead of the winner there has not been told from it either.
+        return [name for name, interval in zip(differences, found, strict=True) if interval.low <= 0]
 
-    def ended(self, candidate_id: str, status: str, reason: str | None) -> None:
-        rows = self._rows[candidate_id]
-        if status == "interrupted":
-            return  # its rows stay as "running"; the next attempt tries it first
-        if not rows:
-            rows.append({"candidate_id": candidate_id, "rung": 0, "tokens": 0, **self._shape(candidate_id)})
-        last = {**rows[-1], "final": True, "status": status, "reason": reason}
-        self._write(last)
-        self._done += 1
-        self._emit_end(candidate_id, status, reason, last.get("val_loss"), last["tokens"])
-        self._progress()
 
-    def _write(self, row: dict[str, Any]) -> None:
-        writer = f"trial-{row['candidate_id']}"
-        self._context.run.store.append("trials", [row], writer=writer, sequence=row["rung"])
-
-    def _shape(self, candidate_id: str) -> dict[str, Any]:
-        row = next(row for row in self._plan.rows if row.candidate.id == candidate_id).row()
-        return {
-            name: value for name, value in row.items() if name not in ("candidate_id", "in_budget", "reason")
-        }
-
-    def _emit_end(
-        self, candidate_id: str, status: str, reason: str | None, loss: float | None, tokens: int
-    ) -> None:
-        self._context.events.emit(
-            "trial_finished",
-            candidate_id=candidate_id,
-            status=status,
-            val_loss=loss,
-            tokens=tokens,
-            reason=reason,
-            shape=self._plan.candidate(candidate_id).shape_text(),
-        )
-
-    def _progress(self) -> None:
-        self._context.progress(self._done, self._plan.trials, "trials")
+def _in_order(losses: Mapping[int, float]) -> np.ndarray:
+    return np.array([losses[sequence] for sequence in sorted(losses)])

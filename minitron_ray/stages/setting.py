@@ -42,20 +42,32 @@ class Setting:
     tokens_folder: Path
     splits: Splits
     micro_batch: int
+    start_folder: Path | None = None
+    """Of the model that is cut; None where that is the teacher."""
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The teacher, as the model type that the experiment takes it as."""
+        """The model that is cut, as the model type that the experiment takes it as."""
+        return Checkpoint(self.start_folder or self.teacher_folder, as_type=self.experiment.export.as_type)
+
+    @property
+    def teacher_checkpoint(self) -> Checkpoint:
+        """The model that is learnt from, likewise."""
         return Checkpoint(self.teacher_folder, as_type=self.experiment.export.as_type)
 
     @property
     def family(self) -> Family:
+        """Of both."""
         return family_of(self.checkpoint.config)
 
     @property
     def architecture(self) -> Architecture:
-        """The teacher's."""
+        """Of the model that is cut."""
         return self.family.read(self.checkpoint.config)
+
+    @property
+    def teacher_architecture(self) -> Architecture:
+        return self.family.read(self.teacher_checkpoint.config)
 
     def tokens(self) -> TokenStore:
         return TokenStore(self.tokens_folder)
@@ -68,7 +80,13 @@ class Setting:
 
     def teacher(self, share: Share) -> Headless:
         """The whole teacher, frozen, in the precision of the computation."""
-        checkpoint = self.checkpoint
+        return self._whole(self.teacher_checkpoint, share)
+
+    def start(self, share: Share) -> Headless:
+        """The whole model that is cut, likewise."""
+        return self._whole(self.checkpoint, share)
+
+    def _whole(self, checkpoint: Checkpoint, share: Share) -> Headless:
         model = build(checkpoint.config, checkpoint, dtype=share.dtype, device=share.device, trainable=False)
         return Headless(model.eval())
 
@@ -77,14 +95,15 @@ class Setting:
 
     def stored_teacher(self, folder: Path, share: Share) -> StoredTeacher:
         """The teacher's stored signal; of the model itself only the LM head is opened."""
-        name = self.family.embedding if self.architecture.tied else self.family.lm_head
-        head = self.checkpoint.tensor(f"{name}.weight").to(share.device, share.dtype)
-        return StoredTeacher(folder, head, self.family.softcap_of(self.checkpoint.config))
+        checkpoint, family = self.teacher_checkpoint, self.family
+        name = family.embedding if self.teacher_architecture.tied else family.lm_head
+        head = checkpoint.tensor(f"{name}.weight").to(share.device, share.dtype)
+        return StoredTeacher(folder, head, family.softcap_of(checkpoint.config))
 
     def student(
         self, candidate: Candidate, scores: Scores, device: torch.device, *, trainable: bool = True
     ) -> Headless:
-        """The undistilled student cut from the memory-mapped teacher, float32."""
+        """The undistilled student cut from the memory-mapped checkpoint, float32."""
         config, tensors = self.cut(candidate, scores, torch.float32)
         return Headless(build(config, tensors, dtype=torch.float32, device=device, trainable=trainable))
 
@@ -92,10 +111,10 @@ class Setting:
         self, candidate: Candidate, scores: Scores, dtype: torch.dtype
     ) -> tuple[dict[str, Any], Mapping[str, torch.Tensor]]:
         """The `config.json` and the weights of the undistilled student."""
-        checkpoint, family, teacher = self.checkpoint, self.family, self.architecture
+        checkpoint, family, whole = self.checkpoint, self.family, self.architecture
         kept = self._kept(candidate, scores)
-        config = family.student_config(checkpoint.config, candidate.architecture(teacher), kept)
-        return config, cut(checkpoint, family, teacher, kept, dtype=dtype)
+        config = family.student_config(checkpoint.config, candidate.architecture(whole), kept)
+        return config, cut(checkpoint, family, whole, kept, dtype=dtype)
 
     def student_config(self, candidate: Candidate, scores: Scores) -> dict[str, Any]:
         """The student's `config.json`."""
@@ -134,10 +153,11 @@ class Setting:
         share: Share,
         teacher: TeacherSignal | None = None,
         progress: Callable[[int], None] = lambda sequences: None,
+        first: int | None = None,
     ) -> Measurement:
-        """`subject`, or the teacher itself where that is None, on the validation sequences, against
-        `teacher` where one is given."""
-        indices = list(self.splits.validation)
+        """`subject`, or the teacher itself where that is None, on the validation sequences (the `first` so
+        many of them), against `teacher` where one is given."""
+        indices = list(self.splits.validation)[:first]
         return measure(
             subject,
             self.tokens().sequences(np.asarray(indices)),

@@ -1,85 +1,171 @@
 """Stage `teacher`: run the teacher once over the sequences that every candidate is judged on, and those
 that a search trains on.
 
-Its final hidden states go to the cache, keyed by teacher and tokens, so that another budget or
-another space reuses them. Where they would not fit (they take `hidden` values a token), the teacher
-runs online in each trial instead.
+A group of workers writes what the signal keeps of it to the cache, block by block, each named by all
+that decides its bytes. Another budget, another space or another experiment with the same teacher and
+text finds the blocks that it needs, and adds those that are missing. Where nothing is stored (`online`)
+the teacher runs in each trial.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minitron_ray.core.fingerprint import digest
 from minitron_ray.core.units import format_bytes
-from minitron_ray.distillation.teacher import store_hidden
-from minitron_ray.plan import LARGEST_SIGNAL, Inputs, signal_bytes_a_token, steps
+from minitron_ray.data.batches import batch_indices
+from minitron_ray.distillation.blocks import block_bytes, cover
+from minitron_ray.distillation.signal import StoredSignal
+from minitron_ray.distillation.teacher import EXACT, SignalBlock, compute_block, write_signal
+from minitron_ray.plan import Inputs, steps
+from minitron_ray.plan.signal import choose_signal
+from minitron_ray.results.cache import DONE, Cache
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.same_function import prove_same_function
 from minitron_ray.stages.setting import Setting
+from minitron_ray.weights.headless import Headless
 
-SIGNAL_VERSION = 1
+SIGNAL_VERSION = 2
 """Of the files in the cache."""
+KIND, LISTS = "teacher_signal", "teacher_signal_lists"
+"""Of cache entries: blocks, and lists of the blocks of one signal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """The blocks of one teacher on one text. Small, and picklable: workers fill it side by side."""
+
+    setting: Setting
+    inputs: Inputs
+    cache: Cache
+
+    def blocks(self, signal: StoredSignal) -> list[SignalBlock]:
+        """The blocks that the experiment needs, whether they exist or not: what students are measured
+        on exactly, what trials are trained on as `signal` keeps it."""
+        validation = list(self.setting.splits.validation)
+        found = list(self._cover(EXACT, validation, len(validation)))
+        if self.setting.experiment.search is not None:
+            found += self._cover(signal, *self._training())
+        return found
+
+    def missing(self, blocks: Sequence[SignalBlock]) -> list[SignalBlock]:
+        return [block for block in blocks if not (block.folder / DONE).is_file()]
+
+    def key(self, signal: StoredSignal, sequences: Sequence[int]) -> str:
+        """Names a block: by all that decides its bytes."""
+        return digest(
+            {
+                "version": SIGNAL_VERSION,
+                "teacher": self.inputs.teacher,
+                "data": self.inputs.data,
+                "precision": self.setting.experiment.precision,
+                "signal": signal.identity,
+                "seed": self.setting.experiment.seed if signal.seeded else None,
+                "sequences": list(sequences),
+            }
+        )
+
+    def fill(self, block: SignalBlock, make: Callable[[Path], None]) -> None:
+        """Have `make` write a block, unless another process has."""
+        describe = {"what": f"{block.signal.label} of the teacher", "sequences": len(block.sequences)}
+        self.cache.ensure(KIND, block.folder.name, describe, make)
+
+    def _training(self) -> tuple[list[int], int]:
+        """All training sequences in the order in which trials first see them, and how many they see."""
+        setting, retrain = self.setting, self.setting.experiment.searched.retrain
+        train = setting.splits.train
+        order = batch_indices(train, 0, len(train), setting.experiment.seed)
+        seen = steps(retrain.tokens, retrain.batch, setting.experiment.data.sequence_length) * retrain.batch
+        return order.tolist(), min(seen, len(train))
+
+    def _cover(self, signal: StoredSignal, order: Sequence[int], count: int) -> Iterator[SignalBlock]:
+        def block(places: range) -> SignalBlock:
+            sequences = order[places.start : places.stop]
+            folder = self.cache.folder / KIND / self.key(signal, sequences)
+            return SignalBlock(folder=folder.resolve(), signal=signal, sequences=sequences)
+
+        def exists(places: range) -> bool:
+            return not self.missing([block(places)])
+
+        length = self.setting.experiment.data.sequence_length
+        yield from map(block, cover(count, length, len(order), exists))
 
 
 def run(context: Context, setting: Setting, inputs: Inputs) -> tuple[dict[str, Any], str]:
-    """Returns the folder of the stored signal, or null where the teacher is to run online.
+    """Returns the folder that lists the stored signal, or null where the teacher is to run online.
 
     Raises ConfigError where the teacher is to be taken as another model type and is another function then.
     """
     if setting.experiment.export.as_type is not None:
         context.cluster.call(prove_same_function, setting)
-    indices = needed_sequences(setting)
-    length = setting.experiment.data.sequence_length
-    size = len(indices) * length * signal_bytes_a_token(setting.architecture)
-    if size > LARGEST_SIGNAL:
-        return {"folder": None}, f"online in each trial: stored it would take up to {format_bytes(size)}"
-    key = digest(
-        {
-            "version": SIGNAL_VERSION,
-            "teacher": inputs.teacher,
-            "data": inputs.data,
-            "precision": context.experiment.precision,
-            "indices": indices.tolist(),
-        }
+    signal = choose_signal(setting.experiment, setting.teacher_architecture)
+    if not isinstance(signal, StoredSignal):
+        return {"folder": None}, "online in each trial"
+    cache = Cache(context.cache.folder.parent.resolve())  # workers start in other folders
+    library = Library(setting=setting, inputs=inputs, cache=cache)
+    blocks = library.blocks(signal)
+    missing = library.missing(blocks)
+    if missing:
+        context.cluster.map(compute, dealt(missing, context.cluster.workers()), library)
+    listed = digest([block.folder.name for block in blocks])
+    describe = {"what": f"list of the blocks of {signal.label}", "blocks": len(blocks)}
+    folder = cache.ensure(LISTS, listed, describe, lambda folder: write_signal(folder, blocks))
+    return {"folder": str(folder.resolve()), "signal": signal.identity}, _summary(
+        signal, blocks, missing, setting
     )
-    describe = {"what": "final hidden states of the teacher", "sequences": len(indices)}
-    found = context.cache.find("teacher_signal", key) is not None
 
-    def fill(folder: Path) -> None:
-        context.cluster.call(store_signal, setting, indices, folder.resolve())
 
-    folder = context.cache.ensure("teacher_signal", key, describe, fill)
-    stored = sum(path.stat().st_size for path in folder.glob("*.npy"))
-    summary = (
-        f"{len(indices) * length:,} tokens, {format_bytes(stored)}{' (from the cache)' if found else ''}"
+def dealt(blocks: Sequence[SignalBlock], workers: int) -> list[list[SignalBlock]]:
+    """The blocks in at most `workers` hands of nearly equal work, none of them empty."""
+    hands: list[list[SignalBlock]] = [[] for _ in range(min(workers, len(blocks)))]
+    for block in sorted(blocks, key=lambda block: -len(block.sequences)):
+        min(hands, key=_sequences).append(block)
+    return hands
+
+
+def compute(blocks: Sequence[SignalBlock], library: Library, report: Callable[..., None]) -> None:
+    """In a worker: write its blocks. Those that it had finished before it was lost are not done again."""
+    setting = library.setting
+    teacher, total, before = setting.teacher(setting.share()), _sequences(blocks), 0
+
+    def progress(before: int, done: int) -> None:
+        report("stage_progress", stage="teacher", done=before + done, total=total, unit="sequences")
+
+    for block in blocks:
+        library.fill(block, partial(_write, block, setting, teacher, partial(progress, before)))
+        before += len(block.sequences)
+        progress(before, 0)
+
+
+def _write(
+    block: SignalBlock, setting: Setting, teacher: Headless, progress: Callable[[int], None], folder: Path
+) -> None:
+    compute_block(
+        block,
+        folder,
+        teacher,
+        setting.tokens().sequences,
+        dtype=setting.share().dtype,
+        batch=setting.micro_batch,
+        seed=setting.experiment.seed,
+        progress=progress,
     )
-    return {"folder": str(folder.resolve())}, summary
 
 
-def needed_sequences(setting: Setting) -> np.ndarray:
-    """Indices of the validation sequences and of those that a search trains on, ascending."""
-    validation = np.asarray(setting.splits.validation)
-    if setting.experiment.search is None:
-        return validation
-    retrain = setting.experiment.search.retrain
-    count = steps(retrain.tokens, retrain.batch, setting.experiment.data.sequence_length)
-    trained = [setting.training_indices(step, retrain.batch) for step in range(1, count + 1)]
-    return np.unique(np.concatenate([*trained, validation]))
+def _sequences(blocks: Sequence[SignalBlock]) -> int:
+    return sum(len(block.sequences) for block in blocks)
 
 
-def store_signal(setting: Setting, indices: np.ndarray, folder: Path, report: Callable[..., None]) -> None:
-    """In a worker: write the signal."""
-    share = setting.share()
-
-    def progress(done: int) -> None:
-        report("stage_progress", stage="teacher", done=done, total=len(indices), unit="sequences")
-
-    sequences = setting.tokens().sequences
-    store_hidden(
-        setting.teacher(share), sequences, indices, folder, share.dtype, setting.micro_batch, progress
-    )
+def _summary(
+    signal: StoredSignal, blocks: Sequence[SignalBlock], missing: Sequence[SignalBlock], setting: Setting
+) -> str:
+    length, new = setting.experiment.data.sequence_length, _sequences(missing)
+    stored, held = sum(block_bytes(block.folder) for block in blocks), _sequences(blocks)
+    text = f"{signal.label}, {held * length:,} tokens, {format_bytes(stored)}"
+    if new == 0:
+        return f"{text} (from the cache)"
+    return text if new == held else f"{text} ({(held - new) * length:,} tokens from the cache)"

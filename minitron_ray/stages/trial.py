@@ -1,88 +1,76 @@
-"""One trial: cut a candidate out of the teacher, distill it briefly, and measure it at every rung."""
+"""One trial: cut a candidate out of the teacher, distill it briefly, and measure it at every rung.
+
+`retrain` is the distillation and the measuring, for any student; `Objective` is what Ray Tune calls.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from minitron_ray.distillation.loop import make_optimizer, train
+from minitron_ray.core.errors import MinitronError
+from minitron_ray.distillation.loop import Recipe, Share, Step, make_optimizer, train
 from minitron_ray.distillation.teacher import TeacherSignal
+from minitron_ray.execution.cluster import GroupSize
 from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import steps
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.setting import Setting
+from minitron_ray.stages.trial_state import FileState, TrialState
+from minitron_ray.weights.device import autocast
+from minitron_ray.weights.headless import Headless, final_hidden
+
+_PASSES: Final = 9
+"""Forward passes of which a latency is the median; the first of all is not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """What Ray Tune calls in each trial's process."""
+class RungResult:
+    """A student on the validation sequences after so many tokens. Losses are nats per token."""
 
-    setting: Setting
-    scores: Scores
-    candidates: dict[str, Candidate]
-    signal: Path | None
-    """Folder of the teacher's stored signal; None runs the teacher in the trial."""
+    tokens: int
+    """0 for the student as it was given."""
+    val_loss: float
+    val_divergence: float | None
+    train_loss: float | None
+    """Mean distillation loss since the rung before; None at the first."""
+    losses: tuple[float, ...]
+    """Of each validation sequence, in order."""
+    seconds: float
+    """Of training and measuring so far, over all attempts."""
+    final: bool
 
-    def __call__(
-        self, candidate_id: str, report_rung: Callable[[dict[str, Any]], None], reporter: Any
-    ) -> None:
-        """Reports at rung 0 (the undistilled cut) and at every rung of tokens; ends early when asked to stop."""
-        started = time.monotonic()
-        torch.manual_seed(self.setting.experiment.seed)  # a reused process keeps the last trial's state
-        share = self.setting.share()
-        candidate = self.candidates[candidate_id]
-        parameters = self.setting.family.parameters(candidate.architecture(self.setting.architecture))
-        reporter(
-            "trial_started", candidate_id=candidate_id, shape=candidate.shape_text(), parameters=parameters
-        )
-        setting, retrain = self.setting, self.setting.experiment.searched.retrain
-        student = setting.student(candidate, self.scores, share.device)
-        teacher: TeacherSignal = (
-            setting.stored_teacher(self.signal, share) if self.signal else setting.online_teacher(share)
-        )
-        recipe = setting.recipe(retrain, retrain.tokens, retrain.loss)
-        rungs = rung_steps(setting)
-        total = recipe.steps * recipe.batch * recipe.sequence_length
 
-        def rung(tokens: int, train_loss: float | None, final: bool) -> None:
-            measured = setting.measure(student, share, teacher)
-            report_rung(
-                {
-                    "tokens": tokens,
-                    "val_loss": measured.loss,
-                    "val_divergence": measured.divergence,
-                    "train_loss": train_loss,
-                    "losses": measured.losses.tolist(),
-                    "seconds": time.monotonic() - started,
-                    "final": final,
-                }
-            )
+def retrain(
+    setting: Setting,
+    student: Headless,
+    teacher: TeacherSignal,
+    share: Share,
+    *,
+    on_rung: Callable[[RungResult], None],
+    on_step: Callable[[Step], None] = lambda step: None,
+    stop: Callable[[], bool] = lambda: False,
+    resume: TrialState | None = None,
+    one_rung: bool = False,
+) -> list[RungResult]:
+    """Train `student` in place by `search.retrain`, and give the rungs it passed; the last one is `final`
+    unless `stop` asked to end early, or `one_rung` to end at the next rung after rung 0.
 
-        rung(0, None, final=False)
-        losses: list[float] = []
-        optimizer = make_optimizer(student, recipe)
-        data = setting.training_data(retrain.batch)
-        for step in train(student, optimizer, teacher, data, recipe, share):
-            losses.append(step.loss)
-            reporter(
-                "trial_progress",
-                candidate_id=candidate_id,
-                tokens=step.tokens,
-                total_tokens=total,
-                train_loss=step.loss,
-                tokens_per_second=step.tokens_per_second,
-            )
-            if step.step in rungs:
-                rung(step.tokens, sum(losses) / len(losses), final=step.step == recipe.steps)
-                losses.clear()
-            if reporter.stop_requested():
-                return
+    `on_rung` hears of rung 0 and of every rung, `on_step` of every optimizer step. With `resume`, the
+    state is kept at every rung but the last, before `on_rung` hears of it; where one is kept already,
+    training goes on from it, after `on_rung` heard of the rungs that it passed. With several ranks in
+    `share`, all must call. Raises MinitronError when a loss or gradient is not finite.
+    """
+    training = _Retraining(setting, student, teacher, share, on_rung, resume)
+    training.run(on_step, stop, one_rung)
+    return training.rungs
 
 
 def rung_steps(setting: Setting) -> tuple[int, ...]:
@@ -94,3 +82,203 @@ def rung_steps(setting: Setting) -> tuple[int, ...]:
         steps(math.ceil(retrain.tokens / reduction**k), retrain.batch, length) for k in range(retrain.rungs)
     }
     return tuple(sorted(found))
+
+
+def rung_tokens(setting: Setting) -> tuple[int, ...]:
+    """The same in tokens: what the rungs' results are keyed by."""
+    batch = setting.experiment.searched.retrain.batch * setting.experiment.data.sequence_length
+    return tuple(step * batch for step in rung_steps(setting))
+
+
+class _Retraining:
+    """The student, its optimizer, and the rungs so far."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        student: Headless,
+        teacher: TeacherSignal,
+        share: Share,
+        on_rung: Callable[[RungResult], None],
+        state: TrialState | None,
+    ) -> None:
+        retrain = setting.experiment.searched.retrain
+        self._setting, self._student, self._teacher, self._share = setting, student, teacher, share
+        self._recipe: Recipe = setting.recipe(retrain, retrain.tokens, retrain.loss)
+        self._batch = retrain.batch
+        self._optimizer = make_optimizer(student, self._recipe)
+        self._on_rung, self._state = on_rung, state
+        self.rungs: list[RungResult] = []
+        self._losses: list[float] = []
+        self._before = 0.0
+        self._started = time.monotonic()
+
+    def run(self, on_step: Callable[[Step], None], stop: Callable[[], bool], one_rung: bool) -> None:
+        done = self._load()
+        for known in self.rungs:
+            self._on_rung(known)
+        if not self.rungs:
+            self._rung(0, final=False)
+        rungs, last = rung_steps(self._setting), self._recipe.steps
+        data = self._setting.training_data(self._batch)
+        for step in train(
+            self._student,
+            self._optimizer,
+            self._teacher,
+            data,
+            self._recipe,
+            self._share,
+            first_step=done + 1,
+            stop_requested=stop,
+        ):
+            self._losses.append(step.loss)
+            on_step(step)
+            if step.step in rungs:
+                self._rung(step.step, final=step.step == last)
+            if step.stop_requested or (one_rung and step.step in rungs):
+                return
+
+    def _rung(self, step: int, final: bool) -> None:
+        measured = self._setting.measure(self._student, self._share, self._teacher)
+        if not math.isfinite(measured.loss):
+            raise MinitronError(
+                f"validation loss {measured.loss} after {step} steps is not finite; lower learning_rate "
+                f"(now {self._recipe.schedule.peak}) or raise warmup"
+            )
+        result = RungResult(
+            tokens=step * self._recipe.batch * self._recipe.sequence_length,
+            val_loss=measured.loss,
+            val_divergence=measured.divergence,
+            train_loss=sum(self._losses) / len(self._losses) if self._losses else None,
+            losses=tuple(measured.losses.tolist()),
+            seconds=self._before + time.monotonic() - self._started,
+            final=final,
+        )
+        self._losses.clear()
+        self.rungs.append(result)
+        if self._state is not None and step and not final:
+            self._save(step)
+        self._on_rung(result)
+
+    def _save(self, step: int) -> None:
+        assert self._state is not None
+        rungs = [asdict(rung) for rung in self.rungs]
+        note = {"step": step, "recipe": repr(self._recipe), "rungs": rungs}
+        self._state.save(self._student, self._optimizer, note)
+
+    def _load(self) -> int:
+        """The step that the state stands at; 0 where there is nothing to go on from."""
+        if self._state is None:
+            return 0
+        note = self._state.load(self._student, self._optimizer, repr(self._recipe))
+        if note is None:
+            return 0
+        self.rungs = [RungResult(**{**rung, "losses": tuple(rung["losses"])}) for rung in note["rungs"]]
+        self._before = self.rungs[-1].seconds
+        step: int = note["step"]
+        return step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What Ray Tune calls in each trial's process."""
+
+    setting: Setting
+    scores: Scores
+    candidates: dict[str, Candidate]
+    signal: Path | None
+    """Folder of the teacher's stored signal; None runs the teacher in the trial."""
+    checkpoints: Path | None
+    """Holds a folder a candidate, with its state at the last rung; None where none is needed."""
+    latency: bool = False
+    """Whether the time of a forward pass is to be measured, too."""
+    group: GroupSize | None = None
+    """The processes that share the student; None where the trial's own trains it."""
+
+    def __call__(
+        self, candidate_id: str, report_rung: Callable[[dict[str, Any]], None], reporter: Any
+    ) -> None:
+        """Reports at rung 0 (the undistilled cut) and at every rung of tokens; ends early when asked to stop.
+
+        Called again for a candidate, it goes on from its checkpoint, and first reports the rungs passed.
+        """
+        torch.manual_seed(self.setting.experiment.seed)  # a reused process keeps the last trial's state
+        setting, candidate = self.setting, self.candidates[candidate_id]
+        share = setting.share()
+        parameters = setting.family.parameters(candidate.architecture(setting.architecture))
+        reporter(
+            "trial_started", candidate_id=candidate_id, shape=candidate.shape_text(), parameters=parameters
+        )
+        if self.group is not None:
+            self._in_group(candidate, report_rung, reporter)
+            return
+        student = setting.student(candidate, self.scores, share.device)
+        measured = {"latency": latency(student, share, setting)} if self.latency else {}
+        teacher: TeacherSignal = (
+            setting.stored_teacher(self.signal, share) if self.signal else setting.online_teacher(share)
+        )
+
+        def on_step(step: Step) -> None:
+            reporter("trial_progress", **progress_fields(setting, candidate, step))
+
+        retrain(
+            setting,
+            student,
+            teacher,
+            share,
+            on_rung=lambda rung: report_rung({**asdict(rung), "losses": list(rung.losses), **measured}),
+            on_step=on_step,
+            stop=reporter.stop_requested,
+            resume=FileState(self.checkpoints / candidate_id / "rung.pt") if self.checkpoints else None,
+        )
+
+    def _in_group(
+        self, candidate: Candidate, report_rung: Callable[[dict[str, Any]], None], reporter: Any
+    ) -> None:
+        """A group for each rung, each going on from what the one before left."""
+        from minitron_ray.execution.train_group import run_group_in_trial
+        from minitron_ray.stages.trial_group import GroupTrial, to_next_rung
+
+        assert self.group is not None and self.checkpoints is not None
+        trial = GroupTrial(
+            setting=self.setting,
+            scores=self.scores,
+            candidate=candidate,
+            signal=self.signal,
+            folder=self.checkpoints / candidate.id,
+        )
+        reported = 0
+        while True:
+            rungs = run_group_in_trial(self.group, to_next_rung, trial, reporter)
+            for rung in rungs[reported:]:
+                report_rung({**asdict(rung), "losses": list(rung.losses)})
+            reported = len(rungs)
+            if rungs[-1].final or reporter.stop_requested():
+                return
+
+
+def progress_fields(setting: Setting, candidate: Candidate, step: Step) -> dict[str, Any]:
+    """What the event `trial_progress` says of a step."""
+    return {
+        "candidate_id": candidate.id,
+        "tokens": step.tokens,
+        "total_tokens": rung_tokens(setting)[-1],
+        "train_loss": step.loss,
+        "tokens_per_second": step.tokens_per_second,
+    }
+
+
+@torch.no_grad()
+def latency(student: Headless, share: Share, setting: Setting) -> float:
+    """Seconds of a forward pass of one sequence up to the final hidden states, the median of several."""
+    tokens = setting.tokens().sequences(setting.training_indices(1, 1)[:1])
+    ids = torch.from_numpy(tokens).to(share.device)
+    found = []
+    for _ in range(_PASSES + 1):
+        started = time.perf_counter()
+        with autocast(share.device, share.dtype):
+            student(ids, final_hidden)
+        if share.device.type == "cuda":
+            torch.cuda.synchronize(share.device)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[1:])

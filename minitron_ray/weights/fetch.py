@@ -79,8 +79,10 @@ def read_config_only(
     return given_config(config, base) if found is None else _read_config(found)
 
 
-def given_config(config: dict[str, Any] | str | None, base: Path) -> dict[str, Any] | None:
-    """The model's config as an experiment gives it (`teacher.config`): inline, or in a file, relative to
+def given_config(
+    config: dict[str, Any] | str | None, base: Path, section: str = "teacher"
+) -> dict[str, Any] | None:
+    """The model's config as a section of an experiment gives it: inline, or in a file, relative to
     `base`. Raises ConfigError where that is no file with a JSON object."""
     if not isinstance(config, str):
         return config
@@ -88,7 +90,7 @@ def given_config(config: dict[str, Any] | str | None, base: Path) -> dict[str, A
         return _read_config(base / Path(config).expanduser())
     except ConfigError as error:
         raise ConfigError(
-            f"teacher.config: {error.message}; the path is relative to the experiment file"
+            f"{section}.config: {error.message}; the path is relative to the experiment file"
         ) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from minitron_ray.models.architecture import Architecture
@@ -50,11 +51,28 @@ def build(
     )
     _assign(model, weights, f"{family.lm_head}.weight" if arch.tied else None)
     model.to(place)  # buffers
-    planned, built = family.parameters(arch), sum(parameter.numel() for parameter in model.parameters())
-    if built != planned:
-        raise RuntimeError(f"the built model has {built:,} parameters, planned were {planned:,}")
+    _check_count(model, family.parameters(arch))
     model.requires_grad_(trainable)
     return model.train(trainable)
+
+
+def initialized(
+    config: Mapping[str, Any], *, seed: int, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The trainable network that `config` describes with random weights, float32, as transformers starts one.
+
+    The weights depend on `seed` alone, and on no device. Raises RuntimeError as `build` does.
+    """
+    import torch
+
+    family, place = family_of(config), torch.device(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _stock(family.canonical(config), torch.float32, nullcontext())
+    _check_count(model, family.parameters(family.read(config)))
+    model.to(place)
+    model.requires_grad_(True)
+    return model.train()
 
 
 def skeleton(config: Mapping[str, Any], dtype: torch.dtype | str = "float32") -> PreTrainedModel:
@@ -65,17 +83,31 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype | str = "float32") ->
 def _skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     """Parameters on the meta device; buffers, which are not in a checkpoint, are real."""
     from accelerate import init_empty_weights
+
+    return _stock(config, dtype, init_empty_weights(include_buffers=False))
+
+
+def _stock(
+    config: dict[str, Any], dtype: torch.dtype, during: AbstractContextManager[Any]
+) -> PreTrainedModel:
+    """The network of transformers, made within the context `during`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attributes = {name: value for name, value in config.items() if name not in ("model_type", "torch_dtype")}
     stock = AutoConfig.for_model(config["model_type"], **attributes)
-    with init_empty_weights(include_buffers=False):
+    with during:
         model = AutoModelForCausalLM.from_config(
             stock, attn_implementation=family_of(config).attention, dtype=dtype
         )
     model.tie_weights()
     model.config.use_cache = False
     return model
+
+
+def _check_count(model: PreTrainedModel, planned: int) -> None:
+    built = sum(parameter.numel() for parameter in model.parameters())
+    if built != planned:
+        raise RuntimeError(f"the built model has {built:,} parameters, planned were {planned:,}")
 
 
 def stacked(

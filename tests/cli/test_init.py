@@ -10,7 +10,14 @@ from minitron_ray.cli import main
 from minitron_ray.core.loading import load
 from minitron_ray.experiment import Experiment
 
-TEMPLATES = ["quickstart", "smollm2_135m_to_90m", "15b_to_8b", "8b_to_4b"]
+TEMPLATES = [
+    "quickstart",
+    "smollm2_135m_to_90m",
+    "smollm2_135m_to_110m",
+    "smollm2_110m_to_90m",
+    "15b_to_8b",
+    "8b_to_4b",
+]
 
 
 @pytest.fixture

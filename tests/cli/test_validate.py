@@ -59,8 +59,8 @@ MISTAKES = [
     pytest.param(
         "90M",
         "90Q",
-        "x.yaml:6:15: budget.parameters: expected a count (90M, 1.8B, 7_000) or a range of counts"
-        " (7.8B..8.5B), found '90Q'; suffixes are K, M, B and T",
+        "x.yaml:6:15: budget.parameters: expected a count (90M, 8B ± 5%), a range of counts"
+        " (7.8B..8.5B) or a limit (<= 8B), found '90Q'; suffixes are K, M, B and T",
         id="unit",
     ),
     pytest.param(

@@ -16,6 +16,8 @@ from minitron_ray.core.fingerprint import digest
 from minitron_ray.core.kinds import plugins
 from minitron_ray.data.source import Source, TextSource, TokenSource
 from minitron_ray.distillation.loss import DistillationLoss
+from minitron_ray.distillation.signal import Signal, StoredSignal
+from minitron_ray.distillation.targets import SparseTargets
 from minitron_ray.evaluation.task import Batch, Material, Sequences, Task
 from minitron_ray.importance.metric import (
     LayerMetric,
@@ -27,12 +29,13 @@ from minitron_ray.importance.metric import (
 )
 from minitron_ray.importance.units import unit_shapes
 from minitron_ray.models.families import family_of
-from minitron_ray.search.sampler import SearchSampler
+from minitron_ray.search.sampler import LearningSampler, OrderedSampler, SearchSampler
 from minitron_ray.weights.checkpoint import Checkpoint
 
 FOLDERS: dict[str, type[Any]] = {
     "minitron_ray.data.sources": Source,
     "minitron_ray.distillation.losses": DistillationLoss,
+    "minitron_ray.distillation.signals": Signal,
     "minitron_ray.importance.width": UnitMetric,
     "minitron_ray.importance.depth": LayerMetric,
     "minitron_ray.evaluation.tasks": Task,
@@ -43,6 +46,7 @@ FOLDERS: dict[str, type[Any]] = {
 REQUIRED: dict[str, dict[str, Any]] = {
     "task": {"task": {"kind": "accuracy"}},
     "multiple_choice": {"path": "questions.jsonl"},
+    "nsga2": {"against": "parameters"},
 }
 """Fields without a default."""
 
@@ -95,6 +99,51 @@ def test_a_loss_has_no_preference_among_equal_shifts_of_the_logits(plugin: type[
     shifted, _ = loss.value_and_gradient(student + 3.0, teacher.clone(), labels)
     torch.testing.assert_close(value, shifted)
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(2, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("plugin", kinds("minitron_ray.distillation.signals"))
+def test_a_stored_signal_is_of_its_sequences_and_not_of_the_batches(plugin: type[Signal]) -> None:
+    """Batches are appended to each other, and any sequence can be taken out again, in any company."""
+    signal = plugin()
+    assert signal.label
+    if not isinstance(signal, StoredSignal):
+        return
+    torch.manual_seed(0)
+    hidden, head = torch.randn(5, 7, 8), torch.randn(300, 8)
+    batches = [signal.encode(hidden[a:b], head, None, range(a, b), 1) for a, b in ((0, 2), (2, 5))]
+    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+    def dense(*numbers: int) -> torch.Tensor:
+        found = signal.decode([signal.row(whole, number) for number in numbers], torch.device("cpu"))
+        assert isinstance(found, SparseTargets) == signal.sparse
+        if isinstance(found, torch.Tensor):
+            return (found @ head.T).softmax(-1)[:, :-1]
+        assert found.ids.dtype == torch.int64 and found.ids.shape[:2] == (len(numbers), 6)
+        rest = 0 if found.tail is None else found.tail
+        torch.testing.assert_close(found.probabilities.sum(-1) + rest, torch.ones(len(numbers), 6))
+        return torch.zeros(len(numbers), 6, 300).scatter_add_(-1, found.ids, found.probabilities)
+
+    teacher = (hidden @ head.T).softmax(-1)[:, :-1]
+    assert (dense(4, 1) - teacher[[4, 1]]).abs().max() < 0.1
+    torch.testing.assert_close(dense(4, 1)[1:], dense(1))
+    assert signal.bytes_a_token(8, 300, 4) > 0 and digest(signal.identity)
+
+
+@pytest.mark.parametrize("plugin", kinds("minitron_ray.distillation.losses"))
+def test_a_loss_takes_a_few_probabilities_or_says_why_not(plugin: type[DistillationLoss]) -> None:
+    """Where it does, all probabilities as a few of them give the same as the logits."""
+    torch.manual_seed(0)
+    loss = plugin()
+    student, teacher = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    labels = torch.tensor([2, 0, 6])
+    probabilities, ids = teacher.softmax(-1).sort(descending=True)
+    targets = SparseTargets(ids=ids, probabilities=probabilities)
+    if loss.refuses_sparse is not None:
+        with pytest.raises(ValueError, match=loss.refuses_sparse):
+            loss.sparse_value_and_gradient(student, targets, labels)
+        return
+    found = loss.sparse_value_and_gradient(student.clone(), targets, labels)
+    torch.testing.assert_close(found, loss.value_and_gradient(student.clone(), teacher.clone(), labels))
 
 
 @pytest.mark.parametrize("plugin", kinds("minitron_ray.importance.width"))
@@ -174,14 +223,22 @@ def test_a_tasks_values_are_of_its_examples_and_not_of_the_batches(
 
 
 @pytest.mark.parametrize("plugin", kinds("minitron_ray.search.samplers"))
-def test_a_samplers_seed_decides_what_it_proposes(plugin: type[SearchSampler]) -> None:
+def test_a_sampler_learns_with_optuna_or_has_an_order(plugin: type[SearchSampler]) -> None:
+    sampler, count = made(plugin), len(made(plugin).objectives)
+    if isinstance(sampler, OrderedSampler):
+        names = [str(number) for number in range(12)]
+        assert sorted(sampler.ordered(names, 0)) == sorted(names)
+        assert sampler.ordered(names, 0) == sampler.ordered(names, 0)
+        return
+    assert isinstance(sampler, LearningSampler) and sampler.startup_trials > 0
+
     def proposed(seed: int) -> list[int]:
-        study = optuna.create_study(sampler=plugin().build(seed))
+        study = optuna.create_study(sampler=sampler.build(seed), directions=["minimize"] * count)
         values = []
         for _ in range(12):
             trial = study.ask()
             values.append(trial.suggest_int("x", 0, 1000))
-            study.tell(trial, float(abs(values[-1] - 400)))
+            study.tell(trial, [float(abs(values[-1] - 400))] * count)
         return values
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, model_validator
 
+from minitron_ray.core.bounds import CountBounds
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.core.kinds import Plugin, Section
 from minitron_ray.core.loading import check, load
-from minitron_ray.core.units import Choices, Count, CountRange, Fraction
+from minitron_ray.core.units import Choices, Fraction
 
 
 class Files(Plugin):
@@ -24,7 +25,7 @@ class Hub(Plugin):
 
 
 class Budget(Section):
-    parameters: Count | CountRange
+    parameters: CountBounds
     tolerance: Fraction = 0.05
 
 
@@ -74,11 +75,11 @@ def recipe(tmp_path, monkeypatch):
 
 def test_a_good_file(recipe, tmp_path):
     value, document = recipe("seed=7", sizes="sizes: 1..3", order="order: {low: 0, high: 2}")
-    assert (value.name, value.seed, value.budget.parameters) == ("x", 7, 90_000_000)
+    assert (value.name, value.seed, value.budget.parameters) == ("x", 7, CountBounds(centre=90_000_000))
     assert value.sizes == Choices(values=(1, 2, 3))
     assert value.source == Files(path="p")
     assert document.source == (tmp_path / "x.yaml").read_bytes()
-    assert recipe(budget="budget: {parameters: 1B..2B}")[0].budget.parameters == CountRange(
+    assert recipe(budget="budget: {parameters: 1B..2B}")[0].budget.parameters == CountBounds(
         low=10**9, high=2 * 10**9
     )
 
@@ -114,13 +115,13 @@ MISTAKES = [
     ({"budget": "budget: 90M"}, "x.yaml:2:9: budget: expected a section, found '90M'"),
     (
         {"budget": "budget: {parameters: 90Q}"},
-        "x.yaml:2:22: budget.parameters: expected a count (90M, 1.8B, 7_000) or a range of counts "
-        "(7.8B..8.5B), found '90Q'; suffixes are K, M, B and T",
+        "x.yaml:2:22: budget.parameters: expected a count (90M, 8B ± 5%), a range of counts "
+        "(7.8B..8.5B) or a limit (<= 8B), found '90Q'; suffixes are K, M, B and T",
     ),
     (
         {"budget": "budget: {parameters: {low: 1}}"},
-        "x.yaml:2:10: budget.parameters: expected a count (90M, 1.8B, 7_000) or a range of counts "
-        "(7.8B..8.5B), found a section",
+        "x.yaml:2:10: budget.parameters: expected a count (90M, 8B ± 5%), a range of counts "
+        "(7.8B..8.5B) or a limit (<= 8B), found a section",
     ),
     (
         {"budget": "budget: {parameters: 9B..8B}"},

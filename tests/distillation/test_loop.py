@@ -16,7 +16,14 @@ from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.losses.cross_entropy import CrossEntropy
 from minitron_ray.distillation.losses.forward_kl import ForwardKL
 from minitron_ray.distillation.schedule import Schedule
-from minitron_ray.distillation.teacher import OnlineTeacher, StoredTeacher, store_hidden
+from minitron_ray.distillation.signals.final_hidden import FinalHidden
+from minitron_ray.distillation.teacher import (
+    OnlineTeacher,
+    SignalBlock,
+    StoredTeacher,
+    compute_block,
+    write_signal,
+)
 from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import build
@@ -98,26 +105,34 @@ def test_going_on_from_a_step_repeats_the_rest_bit_for_bit(tiny_llama: Path) -> 
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def stored_teacher(
+    teacher: Headless, sequences: list[int], folder: Path, dtype: torch.dtype
+) -> StoredTeacher:
+    seen: list[int] = []
+    block = SignalBlock(folder=folder, signal=FinalHidden(), sequences=sequences)
+    compute_block(
+        block, folder, teacher, TOKENS.__getitem__, dtype=dtype, batch=7, seed=0, progress=seen.append
+    )
+    write_signal(folder, [block])
+    assert seen[-1] == len(sequences)
+    return StoredTeacher(folder, teacher.head.detach())
+
+
 def test_the_stored_teacher_trains_like_the_online_one(tiny_llama: Path, tmp_path: Path) -> None:
     online, _ = run(tiny_llama)
     teacher = model(tiny_llama)
-    seen: list[int] = []
-    store_hidden(teacher, lambda i: TOKENS[i], np.arange(60), tmp_path, torch.float32, 7, seen.append)
-    assert seen[-1] == 60
+    stored = stored_teacher(teacher, list(range(60)), tmp_path, torch.float32)
     student = model(tiny_llama, seed=1)
-    stored = StoredTeacher(tmp_path, teacher.head.detach())
     steps = list(train(student, make_optimizer(student, recipe()), stored, DATA, recipe(), share()))
     np.testing.assert_allclose([s.loss for s in steps], [s.loss for s in online], rtol=1e-5)
 
 
 def test_bfloat16_states_come_back_as_they_were(tiny_llama: Path, tmp_path: Path) -> None:
     teacher = model(tiny_llama)
-    store_hidden(
-        teacher, lambda i: TOKENS[i], np.asarray([5, 2, 9]), tmp_path, torch.bfloat16, 2, lambda n: None
-    )
+    stored = stored_teacher(teacher, [5, 2, 9], tmp_path, torch.bfloat16)
     ids = torch.from_numpy(TOKENS[[9, 5]])
     expected = OnlineTeacher(teacher).hidden([9, 5], ids).to(torch.bfloat16)
-    assert torch.equal(StoredTeacher(tmp_path, teacher.head.detach()).hidden([9, 5], ids), expected)
+    assert torch.equal(stored.hidden([9, 5], ids), expected)
 
 
 def test_cross_entropy_needs_no_teacher(tiny_llama: Path) -> None:

@@ -18,7 +18,15 @@ from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.losses.cross_entropy import CrossEntropy
 from minitron_ray.distillation.losses.forward_kl import ForwardKL
 from minitron_ray.distillation.schedule import Schedule
-from minitron_ray.distillation.teacher import OnlineTeacher, StoredTeacher, TeacherSignal, store_hidden
+from minitron_ray.distillation.signals.final_hidden import FinalHidden
+from minitron_ray.distillation.teacher import (
+    OnlineTeacher,
+    SignalBlock,
+    StoredTeacher,
+    TeacherSignal,
+    compute_block,
+    write_signal,
+)
 from minitron_ray.evaluation.measure import measure
 from minitron_ray.models.families import family_of
 from minitron_ray.weights.headless import Headless
@@ -55,15 +63,9 @@ def teacher_signal(kind: str, folder: Path) -> tuple[TeacherSignal, PreTrainedMo
     model = gemma(1, final_logit_softcapping=3.0).eval().requires_grad_(False)
     if kind == "online":
         return OnlineTeacher(Headless(model)), model
-    store_hidden(
-        Headless(model),
-        lambda indices: SEQUENCES[indices],
-        np.arange(6),
-        folder,
-        torch.float32,
-        4,
-        lambda done: None,
-    )
+    block = SignalBlock(folder=folder, signal=FinalHidden(), sequences=range(6))
+    compute_block(block, folder, Headless(model), SEQUENCES.__getitem__, dtype=torch.float32, batch=4, seed=0)
+    write_signal(folder, [block])
     cap = family_of(GEMMA2).softcap_of({**GEMMA2, "final_logit_softcapping": 3.0})
     return StoredTeacher(folder, model.lm_head.weight, cap), model
 

@@ -43,6 +43,7 @@ class Desk:
 
     @classmethod
     def lay(cls, folder: Path, model: Path, text: Path) -> Desk:
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copytree(model, folder / "model")
         shutil.copytree(text, folder / "text")
         (folder / "tiny.yaml").write_text(EXPERIMENT)
@@ -91,10 +92,17 @@ class Desk:
         """The first run's."""
         return min(path.parent for path in self.results.glob("tiny/*/run.json"))
 
-    def stop_when(self, seen: Callable[[], bool], number: signal.Signals, *arguments: str) -> tuple[int, str]:
+    def stop_when(
+        self,
+        seen: Callable[[], bool],
+        number: signal.Signals,
+        *arguments: str,
+        files: tuple[str, ...] = ("tiny.yaml",),
+        patience: float = 120,
+    ) -> tuple[int, str]:
         """Starts a run, sends the signal to the driver alone once `seen`, and waits for its end."""
-        process = self.start("run", "tiny.yaml", *arguments)
-        deadline = time.monotonic() + 120
+        process = self.start("run", *files, *arguments)
+        deadline = time.monotonic() + patience
         while not seen():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, "what the test waits for never came"

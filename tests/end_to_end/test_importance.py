@@ -16,8 +16,9 @@ from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
 from minitron_ray.experiment import Experiment
 from minitron_ray.results.cache import Cache
+from minitron_ray.search.rounds import round_shapes
 from minitron_ray.search.shape import shape_of
-from minitron_ray.stages.rounds import round_shapes, score_rounds
+from minitron_ray.stages.rounds import score_rounds
 from minitron_ray.stages.scoring import Scorer, Work
 from minitron_ray.stages.setting import Setting
 

@@ -76,6 +76,13 @@ def test_tables_hold_every_stage(whole: Desk) -> None:
     assert columns <= {"stderr"}
 
 
+def test_the_plan_is_kept_and_was_right(whole: Desk) -> None:
+    planned = {row["stage"]: row["tokens"] for row in whole.rows("costs")}
+    assert list(planned)[:2] == ["importance", "teacher"] and list(planned)[-2:] == ["evaluate", "export"]
+    assert planned["search"] == sum(row["tokens"] for row in whole.rows("trials") if row["final"])
+    assert planned["distill"] == max(row["tokens"] for row in whole.rows("steps"))
+
+
 def test_the_best_trial_goes_on_and_learns(whole: Desk) -> None:
     last = [row for row in whole.rows("trials") if row["final"]]
     best = min(last, key=lambda row: row["val_loss"])["candidate_id"]

@@ -59,6 +59,21 @@ def test_progress_of_the_parts_is_added_up(cluster: Cluster) -> None:
     assert told[-1] == 7
 
 
+def study(part: int, report: Any) -> None:
+    report("trial_progress", candidate_id=f"trial {part}", tokens=64)
+
+
+def test_a_trial_in_a_part_is_told_as_it_is(cluster: Cluster) -> None:
+    told: list[Event] = []
+    cluster.events.add(told.append)
+    cluster.map(study, [1, 2])
+    deadline = time.monotonic() + 10
+    while len(told) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sorted(event.fields["candidate_id"] for event in told) == ["trial 1", "trial 2"]
+    assert all(event.fields["tokens"] == 64 for event in told)
+
+
 def die_once(part: Path, report: Any) -> str:
     if not part.exists():
         part.touch()

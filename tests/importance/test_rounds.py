@@ -11,9 +11,9 @@ from minitron_ray.importance.units import UnitScores
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.families import family_of
 from minitron_ray.models.kept import Kept
+from minitron_ray.search.rounds import round_shapes
 from minitron_ray.search.selection import select
 from minitron_ray.search.shape import shape_of
-from minitron_ray.stages.rounds import round_shapes
 from tests.contracts.networks import Case
 
 

@@ -96,6 +96,24 @@ def test_without_a_distillation_the_student_is_the_cut(marks: Any) -> None:
     assert differing(marks("distill=null"), marks("distill=null", "shape.mlp=48")) == {"evaluate", "export"}
 
 
+def test_baselines_are_another_stage_of_the_same_search(tmp_path: Path, tiny_llama: Path) -> None:
+    path = tmp_path / "x.yaml"
+    search = "{space: {layers: 3..4}, trials: 2, retrain: {tokens: 1k}}"
+    path.write_text(
+        SHAPE.replace("shape: {layers: 3, mlp: 64}", f"budget: {{parameters: 60k..100k}}\nsearch: {search}")
+    )
+    config = json.loads((tiny_llama / "config.json").read_text())
+    one, two, turned = (
+        stage_fingerprints(make_plan(load(path, Experiment, overrides)[0], config), FOUND)
+        for overrides in (
+            (),
+            ("search.baselines=[random, scratch]",),
+            ("search.baselines=[scratch, random]",),
+        )
+    )
+    assert differing(one, two) == {"baselines"} and two == turned
+
+
 def test_the_fingerprint_follows_what_decides_the_result_only() -> None:
     def paper(*overrides: str) -> Experiment:
         return load(EXPERIMENTS / "15b_to_8b.yaml", Experiment, overrides)[0]

@@ -42,7 +42,7 @@ def planned(tmp_path: Path, config: dict[str, Any]) -> Any:
 
 def test_the_shape_is_counted_as_stock_transformers_builds_it(planned: Any, config: dict[str, Any]) -> None:
     plan = planned(FIXED)
-    assert plan.fixed is not None and plan.feasible == (plan.fixed,) and plan.band is None
+    assert plan.fixed is not None and plan.feasible == (plan.fixed,) and plan.limits is None
     candidate = plan.fixed.candidate
     assert (candidate.layers, candidate.hidden, candidate.heads, candidate.kv_heads, candidate.mlp) == (
         3, config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"], 64,
@@ -102,12 +102,13 @@ def test_only_the_stages_that_are_needed(
 ) -> None:
     plan = planned(text, *overrides)
     assert list(plan.stages) == ["prepare", "importance", "teacher", *stages]
-    assert [cost.stage for cost in plan.costs] == [s for s in plan.stages if s not in ("prepare", "export")]
+    assert [cost.stage for cost in plan.costs()] == [s for s in plan.stages if s != "prepare"]
 
 
 def test_the_teacher_is_run_over_validation_alone_where_nothing_is_searched(planned: Any) -> None:
     plan = planned(FIXED, "distill={tokens: 1000, batch: 4}")
-    tokens = {cost.stage: cost.tokens for cost in plan.costs}
-    assert tokens == {"importance": 256, "teacher": 256, "distill": 1000, "evaluate": 256 * 3}
+    tokens = {cost.stage: cost.tokens for cost in plan.costs()}
+    # 1000 tokens are eight steps of 4 x 32.
+    assert tokens == {"importance": 256, "teacher": 256, "distill": 1024, "evaluate": 256 * 3, "export": 0}
     assert distilled_tokens(plan.experiment) == 1024 and plan.trials == 0
     assert distilled_tokens(planned(FIXED).experiment) == 0

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from minitron_ray.results.run import STAGES, Run
+from minitron_ray.results.run import Run
 from minitron_ray.results.runs import RunInfo, read_info
 
+STAGES = ("prepare", "importance", "teacher", "search", "distill", "evaluate", "export")
+"""Of a search without zero-shot losses and baselines."""
 TEACHER = {"layers": 30, "hidden": 576, "heads": 9, "kv_heads": 3, "mlp": 1536, "parameters": 134_515_008}
 RESOLVED = {
     "name": "quickstart",
@@ -108,7 +110,8 @@ def results(tmp_path: Path) -> Path:
 def make_run(results: Path) -> MakeRun:
     def make(until: str = "export", *, resolved: dict[str, Any] | None = None) -> Run:
         """A run whose stages up to and with `until` are done; the tables of the next one not yet begun."""
-        run = Run.open(results, "quickstart", "ab" * 32, b"name: quickstart\n", resolved or RESOLVED, {})
+        source, found = b"name: quickstart\n", resolved or RESOLVED
+        run = Run.open(results, "quickstart", "ab" * 32, source, found, {}, STAGES)
         work = {"search": search, "distill": distill, "evaluate": evaluate}
         for stage in STAGES[: STAGES.index(until) + 1]:
             if stage in work:

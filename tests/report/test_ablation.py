@@ -16,7 +16,6 @@ from minitron_ray.report.ablation import (
     Comparison,
     Outcome,
     compare,
-    kendall_tau,
     outcome_of,
     paired,
     ranks,
@@ -68,17 +67,6 @@ def comparison() -> Comparison:
 
 def test_ranks_share_ties() -> None:
     assert ranks({"a": 2.0, "b": 1.0, "c": 2.0, "d": 3.0}) == {"a": 2, "b": 1, "c": 2, "d": 4}
-
-
-def test_kendalls_tau() -> None:
-    """By hand: pairs in the same order minus pairs in the other, over pairs."""
-    assert kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
-    assert kendall_tau([1, 2, 3, 4], [4, 3, 2, 1]) == -1
-    assert kendall_tau([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx((5 - 1) / 6)
-    # One tie on one side: 2 pairs agree, none disagrees, sqrt(3 * 2) for those that are not tied.
-    assert kendall_tau([1, 2, 3], [1, 1, 2]) == pytest.approx(2 / math.sqrt(6))
-    for first, second in (([], []), ([1], [2]), ([1, 1], [1, 2]), ([1, 2], [3, 3])):
-        assert kendall_tau(first, second) is None
 
 
 def test_sequences_are_compared_in_pairs() -> None:

@@ -97,8 +97,16 @@ def test_the_model_keeps_what_an_event_leaves_out() -> None:
         16384,
     )
     waiting = [stage.name for stage in model.stages.values() if stage.status == "waiting"]
-    assert waiting == ["teacher", "evaluate", "export"]
+    assert waiting == ["teacher", "zero_shot", "baselines", "evaluate", "export"]
     assert model.running_stage() is stage
+
+
+def test_a_stage_that_only_the_plan_could_tell_takes_its_place() -> None:
+    model = ProgressModel(("prepare", "importance", "teacher", "search", "evaluate"))
+    model.apply(Event(kind="stage_started", fields={"stage": "zero_shot", "unit": "cuts"}, at=1.0))
+    assert list(model.stages) == ["prepare", "importance", "teacher", "zero_shot", "search", "evaluate"]
+    running = model.running_stage()
+    assert running is not None and running.name == "zero_shot"
 
 
 def test_time_to_go_is_the_recent_pace_and_not_what_a_resumed_stage_began_with() -> None:
@@ -142,6 +150,20 @@ def test_the_picture_of_a_distillation(width: int) -> None:
     assert "             loss 3.7421 · 151 tokens/s · 3:50 to go · checkpoint at 18" in lines
     assert "✓ search     1:30 · best of 2" in lines
     assert not any("candidate" in line or line.startswith("24L") for line in lines), "the trials are history"
+
+
+def test_baselines_are_shown_beside_the_trials_while_they_run() -> None:
+    subject = {"candidate_id": "scratch:aaaaaaaaaa", "shape": "scratch 24L 576H 9h 1024m"}
+    training: list[Say] = [
+        *DISTILLING[:2],
+        (100, "stage_started", {"stage": "baselines", "total": None, "unit": "tokens"}),
+        (101, "trial_started", subject),
+        (102, "stage_progress", {"stage": "baselines", "done": 64, "total": 256, "note": "scratch 24L"}),
+    ]
+    text = "\n".join(picture(SEARCHING + training, width=120, now=1103.0))
+    assert "scratch 24L 576H 9h 1024m" in text and "64 of 256 tokens" in text and "3.7000" in text
+    ended = (*training, (110, "stage_finished", {"stage": "baselines", "summary": "x", "seconds": 9.0}))
+    assert "scratch 24L" not in "\n".join(picture([*SEARCHING, *ended], width=120, now=1111.0))
 
 
 def test_many_trials_leave_room_for_the_rest() -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from minitron_ray.core.errors import ConfigError
+from minitron_ray.core.loading import load
 from minitron_ray.core.units import Choices
-from minitron_ray.experiment import Space
-from minitron_ray.models.budget import Band
+from minitron_ray.experiment import Budget, Experiment, Space
+from minitron_ray.models.architecture import Architecture
+from minitron_ray.models.budget import Band, Limits, Load
+from minitron_ray.models.cost import forward_flops, serving_bytes
 from minitron_ray.models.families import family_of
 from minitron_ray.results.schemas import TABLES
 from minitron_ray.search.proposals import ShapeProposals
 from minitron_ray.search.selection import CutRules
+from minitron_ray.search.shape import Refusals
 from minitron_ray.search.space import Candidate, CandidateRow, enumerate_candidates
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 NEMOTRON = {
     "model_type": "nemotron",
     "vocab_size": 256000,
@@ -54,7 +62,7 @@ TABLE_19 = {
 
 def candidates(config: dict[str, Any], space: Space, band: Band, **rules: Any) -> list[CandidateRow]:
     family = family_of(config)
-    return enumerate_candidates(family, family.read(config), space, band, CutRules(**rules))
+    return enumerate_candidates(family, family.read(config), space, Limits.on(band), CutRules(**rules))
 
 
 def feasible(rows: list[CandidateRow]) -> set[tuple[int, int, int, int]]:
@@ -77,15 +85,32 @@ def test_the_8b_set_is_table_19() -> None:
     assert len(feasible(candidates(NEMOTRON, SPACE_8B, Band.of(8_000_000_000, 0.05)))) == 18
 
 
-def test_a_tens_of_thousands_space_is_counted_in_half_a_second() -> None:
-    space = Space.model_validate(
-        {
-            "layers": "3..32",
-            "hidden": "2048..6144 by 256",
-            "heads": "8..48 by 8",
-            "mlp": "4096..24576 by 4096",
-        }
-    )
+@pytest.mark.parametrize(
+    ("file", "cut_from", "budget", "many"),
+    [
+        ("15b_to_8b", "nemotron-4-15b", None, 15),
+        ("15b_to_8b", "nemotron-4-15b", "8B ± 5%", 18),
+        ("8b_to_4b", "minitron-8b", None, 18),
+        ("8b_to_4b", "minitron-8b", "4B ± 5%", 18),
+    ],
+)
+def test_the_papers_files(file: str, cut_from: str, budget: str | None, many: int) -> None:
+    overrides = [] if budget is None else [f"budget.parameters={budget}"]
+    experiment, _ = load(EXPERIMENTS / f"{file}.yaml", Experiment, overrides)
+    config = json.loads((EXPERIMENTS / "models" / f"{cut_from}.json").read_text())
+    assert experiment.budget is not None
+    family, limits = family_of(config), experiment.budget.limits(experiment.data.sequence_length)
+    rows = enumerate_candidates(family, family.read(config), experiment.searched.space, limits)
+    assert len(feasible(rows)) == many
+
+
+MANY = Space.model_validate(
+    {"layers": "3..32", "hidden": "2048..6144 by 256", "heads": "8..48 by 8", "mlp": "4096..24576 by 4096"}
+)
+
+
+def test_tens_of_thousands_of_shapes_are_counted_in_half_a_second() -> None:
+    space = MANY
     seconds = []
     for _ in range(3):
         start = time.process_time()
@@ -129,7 +154,7 @@ def test_ratios_are_of_the_students_hidden_size() -> None:
 def test_non_embedding_budgets_count_without_the_embedding() -> None:
     space = Space.model_validate({"mlp": [1024, 1536]})
     core = 134_515_008 - 49152 * 576
-    rows = candidates(SMOLLM2, space, Band(low=core, high=core, count="non_embedding"))
+    rows = candidates(SMOLLM2, space, Band(low=core, high=core, measure="non_embedding_parameters"))
     assert [row.in_budget for row in rows] == [False, True]
     assert rows[1].non_embedding_parameters == core
 
@@ -148,7 +173,11 @@ def test_a_budget_out_of_reach_names_what_is_reachable() -> None:
     ) as caught:
         candidates(SMOLLM2, space, Band.of(50_000_000, 0.05))
     text = caught.value.message
-    assert "20L 576H 9h/3 768m" in text and "134.5M (30L 576H 9h/3 1536m)" in text and "\n" not in text
+    assert (
+        "20L 576H 9h/3 768m" in text
+        and "134.5M parameters (30L 576H 9h/3 1536m)" in text
+        and "\n" not in text
+    )
 
 
 def test_a_space_without_a_shape_to_build() -> None:
@@ -164,6 +193,121 @@ def test_ratios_are_for_the_mlp_only() -> None:
         ConfigError, match=r"search\.space\.hidden: a ratio to the hidden size is for mlp only"
     ):
         candidates(SMOLLM2, space, Band(low=1, high=9))
+
+
+# --- Vectorised against one by one -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "qwen3_moe", "phi3"])
+def test_every_row_is_what_its_shape_says_by_itself(model_type: str) -> None:
+    family = family_of({"model_type": model_type})
+    has = set(family.cut_axes)
+    teacher = Architecture(
+        family=model_type,
+        layers=4,
+        hidden=48,
+        heads=6,
+        kv_heads=3 if "kv_heads" in has else 6,
+        head_dim=8,
+        mlp=96 if "mlp" in has else 0,
+        vocab=101,
+        experts=4 if "experts" in has else 0,
+        expert_mlp=16 if "expert_mlp" in has else 0,
+        active_experts=2 if "experts" in has else 0,
+        positions=33 if model_type == "gpt2" else 0,
+    )
+    # Sizes below, at and above the teacher's; some that do not go together.
+    choices = {
+        "layers": [2, 4, 5],
+        "hidden": [24, 36, 48, 49],
+        "heads": [3, 4, 6],
+        "kv_heads": [1, 2, 3],
+        "mlp": [32, 96, 97],
+        "experts": [1, 2, 4],
+        "expert_mlp": [8, 10, 32],
+    }
+    space = Space.model_validate({axis: sizes for axis, sizes in choices.items() if axis in has})
+    limits = Limits(
+        bands=(Band(low=20_000, high=90_000), Band(low=0, high=10**6, measure="memory_bytes")),
+        load=Load(batch=2, length=9),
+    )
+    rows = enumerate_candidates(family, teacher, space, limits)
+    refusals = Refusals(family, teacher)
+    assert len({row.candidate.id for row in rows}) == len(rows) > 80
+    for row in rows:
+        arch = row.candidate.architecture(teacher)
+        assert row.parameters == family.parameters(arch)
+        assert row.memory_bytes == serving_bytes(family, arch, "bfloat16", batch=2, length=9)
+        assert row.flops_per_token == forward_flops(family, arch, 9)
+        refused = refusals.of(row.candidate)
+        if refused is not None:
+            assert row.reason == refused
+        else:
+            inside = 20_000 <= row.parameters <= 90_000 and row.memory_bytes <= 10**6
+            assert row.in_budget == inside and (row.reason is None) == inside
+    assert {row.reason is None for row in rows} == {True, False}
+
+
+# --- Several budgets ----------------------------------------------------------------------------------
+
+
+def budgeted(budget: dict[str, Any], space: Space) -> list[CandidateRow]:
+    family = family_of(NEMOTRON)
+    return enumerate_candidates(
+        family, family.read(NEMOTRON), space, Budget.model_validate(budget).limits(4096)
+    )
+
+
+def test_all_budgets_hold_at_once() -> None:
+    at = {"batch": 8, "length": 4096}
+    together = budgeted(
+        {"parameters": "7.8B..8.5B", "memory": "<= 18.5GiB", "flops": "<= 15.4B", "at": at}, SPACE_8B
+    )
+    alone = [
+        {row.candidate.id for row in budgeted(budget | {"at": at}, SPACE_8B) if row.in_budget}
+        for budget in ({"parameters": "7.8B..8.5B"}, {"memory": "<= 18.5GiB"}, {"flops": "<= 15.4B"})
+    ]
+    found = {row.candidate.id for row in together if row.in_budget}
+    assert found == set.intersection(*alone) and 0 < len(found) < min(map(len, alone))
+    largest = next(row for row in together if row.parameters == max(r.parameters for r in together))
+    for measure in ("parameters above", "of memory above", "FLOPs a token above"):
+        assert measure in (largest.reason or "")
+
+
+def test_the_load_decides_about_memory() -> None:
+    """Nemotron 15B keeps 8 groups of 128: 2 * 32 * 8 * 128 * 2 bytes are 128 KiB a token."""
+    space = Space.model_validate({"layers": [32], "mlp": [24576]})
+    one, eight = (
+        budgeted({"memory": "≥ 1GiB", "at": {"batch": batch, "length": 4096}}, space)[0].memory_bytes
+        for batch in (1, 8)
+    )
+    assert eight - one == 7 * 4096 * 128 * 1024
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        (
+            {"memory": "<= 2GiB"},
+            r"at most 2\.0 GiB of memory \(1 x 4096 tokens in bfloat16\); the space reaches .* change budget\.memory",
+        ),
+        ({"flops": "1B"}, r"950\.0M to 1\.050B FLOPs a token .* change budget\.flops"),
+        (
+            {"parameters": "<= 6.5B", "flops": ">= 20B"},
+            r"each is reached, but not by one shape together, nearest is .* change budget\.parameters or "
+            r"budget\.flops",
+        ),
+    ],
+)
+def test_which_budget_is_out_of_reach(budget: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        budgeted(budget, SPACE_8B)
+    assert "\n" not in caught.value.message
+
+
+def test_a_budget_bounds_something() -> None:
+    with pytest.raises(ValidationError, match="name at least one of parameters, memory, flops"):
+        Budget.model_validate({"tolerance": "5%"})
 
 
 # --- KV groups ---------------------------------------------------------------------------------------
@@ -311,8 +455,8 @@ def test_every_feasible_shape_can_be_proposed() -> None:
     """Each axis with a choice is a parameter of the sampler, and each shape has values of its own."""
     space = Space.model_validate({"kv_heads": [1, 2], "experts": [4, 6, 8], "expert_mlp": [16, 32]})
     rows = candidates(MIXTURE, space, ANY)
-    proposals = ShapeProposals.of(rows, space, ANY, 64)
+    proposals = ShapeProposals.of(rows, space, 64)
     assert [name for name, _ in proposals.axes] == ["kv_heads", "experts", "expert_mlp"]
     assert len(proposals.feasible) == 12
     for name in proposals.feasible:
-        assert proposals.candidate_id(proposals.parameters(name)) == name
+        assert proposals.nearest(proposals.parameters(name), proposals.feasible) == name

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.models.families import family_of
 from minitron_ray.weights.checkpoint import Checkpoint
-from minitron_ray.weights.model import build, skeleton
+from minitron_ray.weights.model import build, initialized, skeleton
 
 IDS = torch.arange(20)[None] % 11
 
@@ -33,6 +33,20 @@ def test_weights_of_the_right_type_are_not_copied(tiny_llama: Path) -> None:
     model = build(checkpoint.config, tensors)
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == tensors[name].data_ptr()
+
+
+def test_random_weights_follow_the_seed_and_leave_the_callers_numbers_alone(tiny_llama: Path) -> None:
+    config = Checkpoint(tiny_llama).config
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    one, same, other = (initialized(config, seed=seed).state_dict() for seed in (7, 7, 8))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+    model = initialized(config, seed=7)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_conversion(tiny_llama: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from minitron_ray.distillation.loss import DistillationLoss
+from minitron_ray.distillation.loss import DistillationLoss, distribution
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from minitron_ray.distillation.targets import SparseTargets
 
 
 class CrossEntropy(DistillationLoss):
@@ -20,9 +22,18 @@ class CrossEntropy(DistillationLoss):
     def value_and_gradient(
         self, student: Tensor, teacher: Tensor | None, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        log_student = student.log_softmax(-1)
+        gradient, log_sum = distribution(student)
         index = labels[:, None]
-        value = -log_student.gather(-1, index)[:, 0]
-        gradient = log_student.exp_()
+        value = log_sum - student.gather(-1, index)[:, 0]
         gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
         return value, gradient
+
+    @property
+    def refuses_sparse(self) -> None:
+        """It takes nothing of the teacher."""
+        return None
+
+    def sparse_value_and_gradient(
+        self, student: Tensor, targets: SparseTargets, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.value_and_gradient(student, None, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field
@@ -11,6 +12,8 @@ from minitron_ray.distillation.loss import DistillationLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from minitron_ray.distillation.targets import SparseTargets
 
     OtherLoss: TypeAlias = DistillationLoss
 else:
@@ -41,14 +44,39 @@ class Mixture(DistillationLoss):
     def value_and_gradient(
         self, student: Tensor, teacher: Tensor | None, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
+        def term(loss: DistillationLoss, logits: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+            # A loss may overwrite what it is given.
+            given = teacher if last or teacher is None else teacher.clone()
+            return loss.value_and_gradient(logits, given, labels)
+
+        return self._summed(student, term)
+
+    @property
+    def refuses_sparse(self) -> str | None:
+        """Where one of its terms does."""
+        for term in self.terms:
+            if term.loss.refuses_sparse is not None:
+                return f"has a term {term.loss.kind}, which {term.loss.refuses_sparse}"  # type: ignore[attr-defined]
+        return None
+
+    def sparse_value_and_gradient(
+        self, student: Tensor, targets: SparseTargets, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        def term(loss: DistillationLoss, logits: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+            return loss.sparse_value_and_gradient(logits, targets, labels)
+
+        return self._summed(student, term)
+
+    def _summed(
+        self, student: Tensor, term: Callable[[DistillationLoss, Tensor, bool], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """`term(loss, logits, last)` of every term, weighted; each has logits of its own to overwrite."""
         value, gradient = student.new_zeros(len(student)), None
-        for index, term in enumerate(self.terms):
-            given: tuple[Tensor, Tensor | None] = student, teacher
-            if index + 1 < len(self.terms):  # a loss may overwrite what it is given
-                given = student.clone(), teacher.clone() if teacher is not None else None
-            part, slope = term.loss.value_and_gradient(*given, labels)
-            value.add_(part, alpha=term.weight)
-            slope = slope.mul_(term.weight)
+        for index, part in enumerate(self.terms):
+            last = index + 1 == len(self.terms)
+            found, slope = term(part.loss, student if last else student.clone(), last)
+            value.add_(found, alpha=part.weight)
+            slope = slope.mul_(part.weight)
             gradient = slope if gradient is None else gradient.add_(slope)
         assert gradient is not None
         return value, gradient

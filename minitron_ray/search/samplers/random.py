@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from random import Random as Lot
+from typing import Literal
 
-from minitron_ray.search.sampler import SearchSampler
-
-if TYPE_CHECKING:
-    from optuna.samplers import BaseSampler
+from minitron_ray.search.sampler import OrderedSampler
 
 
-class Random(SearchSampler):
-    """Every shape is equally likely."""
+class Random(OrderedSampler):
+    """Every feasible shape is equally likely, which sizes drawn one by one would not be."""
 
     kind: Literal["random"] = "random"
 
-    def build(self, seed: int) -> BaseSampler:
-        from optuna.samplers import RandomSampler
-
-        return RandomSampler(seed=seed)
+    def ordered(self, feasible: Sequence[str], seed: int) -> list[str]:
+        return Lot(seed).sample(feasible, len(feasible))

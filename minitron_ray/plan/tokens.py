@@ -1,0 +1,83 @@
+"""How many tokens each part of an experiment sees, in whole optimizer steps, and how many trials get how far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from minitron_ray.experiment import Distill, Experiment
+from minitron_ray.search.halving import Halving, cohort_size
+from minitron_ray.search.propose import sampler_for
+
+
+def kept_students(experiment: Experiment) -> int:
+    """How many students are distilled, ties aside: those that the search keeps, or the one of a fixed shape."""
+    return experiment.search.fewest_kept if experiment.search is not None else 1
+
+
+def steps(tokens: int, batch: int, sequence_length: int) -> int:
+    """Optimizer steps that see at least `tokens`."""
+    return math.ceil(tokens / (batch * sequence_length))
+
+
+def tokens_seen(tokens: int, batch: int, sequence_length: int) -> int:
+    """`tokens` rounded up to whole optimizer steps: what training really sees."""
+    return steps(tokens, batch, sequence_length) * batch * sequence_length
+
+
+def distilled_tokens(experiment: Experiment) -> int:
+    """Tokens that each chosen student sees in its distillation; 0 where there is none."""
+    distill = experiment.distill
+    if distill is None:
+        return 0
+    return tokens_seen(distill.tokens, distill.batch, experiment.data.sequence_length)
+
+
+def rung_tokens(experiment: Experiment) -> tuple[int, ...]:
+    """Tokens after which a trial is measured, ascending; the last is all of its tokens."""
+    search, length = experiment.searched, experiment.data.sequence_length
+    retrain, reduction = search.retrain, search.halving.reduction if search.halving else 2.0
+    found = {
+        tokens_seen(math.ceil(retrain.tokens / reduction**k), retrain.batch, length)
+        for k in range(retrain.rungs)
+    }
+    return tuple(sorted(found))
+
+
+def cohorts_of(experiment: Experiment, trials: int, feasible: int | None = None) -> tuple[int, ...]:
+    """How many of `trials` are halved among themselves at a time; None feasible shapes are more than those."""
+    search = experiment.searched
+    sampler = sampler_for(search.sampler, trials + 1 if feasible is None else feasible, trials)
+    reduction, given = (search.halving.reduction, search.halving.cohort) if search.halving else (None, None)
+    size = cohort_size(
+        trials, len(rung_tokens(experiment)), reduction, search.fewest_kept, sampler.learns, given
+    )
+    return tuple(min(size, trials - start) for start in range(0, trials, size))
+
+
+def trials_at_rungs(experiment: Experiment, trials: int, feasible: int | None = None) -> tuple[int, ...]:
+    """How many of `trials` train up to each rung, where none fails."""
+    search = experiment.searched
+    rule = Halving(
+        rungs=rung_tokens(experiment),
+        reduction=search.halving.reduction if search.halving else None,
+        keep=search.fewest_kept,
+    )
+    return reached(rule, cohorts_of(experiment, trials, feasible))
+
+
+def reached(rule: Halving, cohorts: Sequence[int]) -> tuple[int, ...]:
+    """How many trials of all cohorts train up to each of the rule's rungs."""
+    counts = []
+    going = list(cohorts)
+    for _ in rule.rungs:
+        counts.append(sum(going))
+        going = [rule.going_on(count) for count in going]
+    return tuple(counts)
+
+
+def validations_of(distill: Distill, length: int) -> int:
+    """How often a student is measured during its distillation: at intervals, and behind the last step."""
+    total = steps(distill.tokens, distill.batch, length)
+    every = steps(distill.validate_every, distill.batch, length) if distill.validate_every else total // 4
+    return math.ceil(total / max(1, every))

@@ -1,0 +1,85 @@
+"""Stage `zero_shot`: what undistilled cuts of the feasible shapes lose, for the sampler to start from.
+
+A pass over a few sequences costs a small part of a trial. Distillation changes the ranks, so this
+seeds the search and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from minitron_ray.core.errors import MinitronError
+from minitron_ray.importance.scores import Scores
+from minitron_ray.plan import Plan
+from minitron_ray.results.store import Store
+from minitron_ray.search.space import Candidate
+from minitron_ray.stages.context import Context
+from minitron_ray.stages.importance import read_scores
+from minitron_ray.stages.scoring import shares
+from minitron_ray.stages.setting import Setting
+from minitron_ray.weights.headless import Headless
+from minitron_ray.weights.model import build
+
+Item = TypeVar("Item")
+
+
+def run(context: Context, plan: Plan, setting: Setting) -> tuple[dict[str, Any], str]:
+    """Writes the table `zero_shot`."""
+    section = context.experiment.searched.zero_shot
+    assert section is not None
+    candidates = [row.candidate for row in evenly(plan.feasible, section.shapes)]
+    sequences = min(section.sequences, len(setting.splits.validation))
+    parts = shares(candidates, context.cluster.workers())
+    found = context.cluster.map(measure, parts, setting, read_scores(context), sequences, len(candidates))
+    names = [candidate.id for candidate in candidates]
+    losses = dict(zip(names, (loss for part in found for loss in part), strict=True))
+    rows = [{"candidate_id": name, "val_loss": loss, "sequences": sequences} for name, loss in losses.items()]
+    context.run.store.append("zero_shot", rows, writer="zero_shot", sequence=0)
+    best, worst = extremes(losses)
+    shape = plan.candidate(best).shape_text()
+    told = f"losses {losses[best]:.3f} to {losses[worst]:.3f}, best {best} ({shape})"
+    return {"cuts": len(losses)}, f"{len(losses)} cuts on {sequences} sequences, {told}"
+
+
+def extremes(losses: Mapping[str, float | None]) -> tuple[str, str]:
+    """The best and the worst of the cuts. Raises MinitronError where none has a finite loss."""
+    finite = sorted((loss, name) for name, loss in losses.items() if loss is not None)
+    if not finite:
+        raise MinitronError(
+            f"zero_shot: none of {len(losses)} undistilled cuts has a finite loss; check the teacher's "
+            f"weights, or set search.zero_shot: null"
+        )
+    return finite[0][1], finite[-1][1]
+
+
+def read_zero_shot(store: Store) -> dict[str, float]:
+    """The finite losses by candidate; empty where no cuts were scored."""
+    rows = store.read("zero_shot").select(["candidate_id", "val_loss"]).to_pylist()
+    return {row["candidate_id"]: row["val_loss"] for row in rows if row["val_loss"] is not None}
+
+
+def evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """All of `items`, or `most` of them at even distances, beginning with the first."""
+    count = min(most, len(items))
+    return [items[len(items) * number // count] for number in range(count)]
+
+
+def measure(
+    candidates: list[Candidate],
+    setting: Setting,
+    scores: Scores,
+    sequences: int,
+    total: int,
+    report: Callable[..., None],
+) -> list[float | None]:
+    """In a worker: the loss of each candidate's cut, None where it is not finite."""
+    share, losses = setting.share(), []
+    for done, candidate in enumerate(candidates, start=1):
+        config, tensors = setting.cut(candidate, scores, share.dtype)
+        cut = Headless(build(config, tensors, dtype=share.dtype, device=share.device, trainable=False))
+        loss = setting.measure(cut, share, first=sequences).loss
+        losses.append(loss if math.isfinite(loss) else None)
+        report("stage_progress", stage="zero_shot", done=done, total=total, unit="cuts")
+    return losses

@@ -1,0 +1,144 @@
+"""What stages take, by arithmetic done again here, and by torch's own counters on a running network."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_ray.cli.planning import plan_files
+from minitron_ray.core.hardware import Hardware
+from minitron_ray.plan import Plan, StageCost
+from minitron_ray.plan.tokens import cohorts_of, rung_tokens, trials_at_rungs, validations_of
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+# Per token at 4096, computed by hand (GF): the teacher's forward pass with and without its LM head.
+TEACHER, TEACHER_HEAD = 29.72e9, 3.146e9
+
+
+def planned(name: str, *overrides: str) -> Plan:
+    [(_, plan)] = plan_files([EXPERIMENTS / f"{name}.yaml"], Path("no-results"), overrides)
+    return plan
+
+
+def stage(plan: Plan, name: str, **layout: Any) -> StageCost:
+    return next(cost for cost in plan.costs(**layout) if cost.stage == name)
+
+
+ONE = [  # one shape, whose training is 48.17 GF a token: Minitron 8B
+    "budget.parameters=8.26B..8.28B",
+    "search.trials=1",
+    "search.signal={kind: final_hidden}",
+]
+
+
+def test_the_search_is_trials_times_tokens_and_the_teachers_head() -> None:
+    plan = planned("15b_to_8b", *ONE, "search.retrain.rungs=1")
+    assert [row.candidate.mlp for row in plan.feasible] == [16384]
+    tokens, validation = 382 * 1152 * 4096, 512 * 4096
+    student = 48.17e9
+    cost = stage(plan, "search")
+    assert cost.tokens == tokens
+    trained = tokens * (student + TEACHER_HEAD)
+    measured = 2 * validation * (student / 3 + TEACHER_HEAD)  # the cut, and the end
+    assert cost.flops == pytest.approx(trained + measured, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("signal", "once", "each"),
+    [
+        ("{kind: final_hidden}", TEACHER - TEACHER_HEAD, TEACHER_HEAD),
+        ("{kind: sampled}", TEACHER, 0.0),
+        ("{kind: online}", 0.0, TEACHER),
+    ],
+)
+def test_the_teacher_runs_once_or_in_every_trial(signal: str, once: float, each: float) -> None:
+    plan = planned("15b_to_8b", *ONE[:2], f"search.signal={signal}", "data.validation=1")
+    tokens = 382 * 1152 * 4096
+    assert stage(plan, "teacher").flops == pytest.approx(1.8e9 * once, rel=1e-3)
+    assert stage(plan, "search").flops == pytest.approx(tokens * (48.17e9 + each), rel=2e-3)
+
+
+def test_a_wider_search_costs_the_sum_of_its_shapes() -> None:
+    whole = planned("15b_to_8b", "data.validation=1", "search.signal={kind: sampled}")
+    tokens = 382 * 1152 * 4096
+    by_hand = 0.0
+    for row in whole.feasible:
+        shape = row.candidate
+        layer = (
+            2 * shape.heads * 128 * shape.hidden + 2 * 8 * 128 * shape.hidden + 2 * shape.hidden * shape.mlp
+        )
+        scores = shape.layers * 2 * shape.heads * 128 * 4097
+        by_hand += 3 * (2 * (shape.layers * layer + 256_000 * shape.hidden) + scores)
+    assert stage(whole, "search").flops == pytest.approx(tokens * by_hand, rel=1e-3)
+
+
+def test_halving_trains_fewer_tokens() -> None:
+    """Twelve trials in cohorts of four, 4096 tokens to the first of three rungs: half go on past each."""
+    plan = planned("smollm2_135m_to_90m")
+    assert rung_tokens(plan.experiment) == (4096, 8192, 16384)
+    assert cohorts_of(plan.experiment, 12) == (4, 4, 4)
+    assert trials_at_rungs(plan.experiment, 12) == (12, 6, 3)
+    assert stage(plan, "search").tokens == 12 * 4096 + 6 * 4096 + 3 * 8192
+    unhalved = planned("smollm2_135m_to_90m", "search.halving=null")
+    assert stage(unhalved, "search").tokens == 12 * 16384
+    # A cohort's weights and moments wait at a rung; without halving nothing does.
+    largest = max(row.parameters for row in plan.feasible)
+    assert stage(plan, "search").disk_bytes == 4 * 12 * largest
+    assert stage(unhalved, "search").disk_bytes == 0
+
+
+def test_distillation_counts_its_validations() -> None:
+    overrides = (*ONE, "distill.tokens=47185920", "distill.checkpoint_every=null")
+    with_four = planned("15b_to_8b", *overrides, "distill.validate_every=null")
+    distill = with_four.experiment.distill
+    assert distill is not None and validations_of(distill, 4096) == 5  # 10 steps, every 2
+    once = planned("15b_to_8b", *overrides, "distill.validate_every=47185920")
+    difference = stage(with_four, "distill").flops - stage(once, "distill").flops
+    assert difference == pytest.approx(4 * 512 * 4096 * 48.17e9 / 3, rel=1e-3)
+    assert stage(once, "distill").tokens == 47185920
+
+
+def test_device_time_is_operations_over_speed() -> None:
+    plan = planned("15b_to_8b")
+    h100s = Hardware(name="h100", count=8, flops=400e12, memory=80 * 2**30, source="40%")
+    for timed, plain in zip(plan.costs(h100s), plan.costs(), strict=True):
+        assert plain.device_seconds is None
+        assert timed.device_seconds == pytest.approx(plain.flops / 400e12)
+
+
+def test_what_is_written_is_counted() -> None:
+    plan = planned("15b_to_8b", *ONE, "search.retrain.tokens=4718592")
+    parameters = 8_271_699_968
+    assert stage(plan, "export").disk_bytes == 2 * parameters
+    # Three checkpoints of weights and moments, and the finished student, in float32.
+    assert stage(plan, "distill").disk_bytes == 3 * 12 * parameters + 4 * parameters
+    # bfloat16 states of 6144 channels for the trained and the validation tokens.
+    assert stage(plan, "teacher").disk_bytes == 2 * 6144 * (4718592 + 512 * 4096)
+
+
+def test_zero_shot_and_baselines() -> None:
+    plan = planned(
+        "smollm2_135m_to_90m",
+        "search.baselines=[random, scratch]",
+        "search.zero_shot={shapes: 5, sequences: 2}",
+    )
+    assert stage(plan, "zero_shot").tokens == 5 * 2 * 256
+    spent = stage(plan, "search").tokens
+    assert stage(plan, "baselines").tokens == (-(-spent // 16384) + 1) * 16384
+
+
+def test_thousands_of_shapes_are_costed_at_once() -> None:
+    plan = planned(
+        "smollm2_135m_to_90m",
+        "budget.parameters=60M..130M",
+        "search.space.mlp=512..1536 by 2",
+        "search.trials=50",
+    )
+    assert len(plan.feasible) > 3000
+    started = time.perf_counter()
+    plan.costs()
+    assert time.perf_counter() - started < 5

@@ -1,0 +1,94 @@
+"""Plan against actual: figures put together from tables that are easy to add up by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from minitron_ray.report.plan_actual import HEADER, actual_section, plan_against_actual
+from minitron_ray.report.sections import markdown_table, show
+from minitron_ray.results.run import Run
+from minitron_ray.results.runs import read_info
+from tests.report.conftest import MakeRun
+
+COST = {"what": "", "tokens": 1000, "flops": 4e9, "device_seconds": 2.0, "devices": 2}
+
+
+def planned(run: Run, **stages: dict[str, Any]) -> None:
+    rows = [
+        COST | {"stage": stage, "memory_bytes": 1, "disk_bytes": 0} | more for stage, more in stages.items()
+    ]
+    run.store.append("costs", rows, writer="plan", sequence=0)
+
+
+def attempt(run: Run, stage: str, status: str, seconds: float) -> None:
+    run.note_stage(stage, "f", status, "", seconds)
+
+
+def test_a_run_without_a_plan_has_no_rows(make_run: MakeRun) -> None:
+    assert plan_against_actual(read_info(make_run().folder)) == ()
+
+
+def test_seconds_of_all_attempts_on_all_devices(make_run: MakeRun) -> None:
+    run = make_run("prepare")
+    planned(run, teacher={})
+    for status, seconds in (("interrupted", 1.5), ("finished", 2.5), ("reused", 0.0)):
+        attempt(run, "teacher", status, seconds)
+    [row] = plan_against_actual(read_info(run.folder))
+    assert (row.status, row.seconds, row.planned_seconds) == ("reused", 8.0, 2.0)
+    assert row.reached == 4e9 / 8.0
+
+
+def test_a_stage_of_another_run_took_no_time(make_run: MakeRun) -> None:
+    run = make_run("prepare")
+    planned(run, teacher={}, evaluate={})
+    attempt(run, "teacher", "reused", 0.0)
+    teacher, evaluate = plan_against_actual(read_info(run.folder))
+    assert (teacher.status, teacher.seconds, teacher.reached) == ("reused", None, None)
+    assert (evaluate.status, evaluate.seconds) == (None, None)
+
+
+def test_tokens_are_those_of_the_tables(make_run: MakeRun) -> None:
+    """Four trials of 4096 or 8192 tokens (one failed at its first rung), a baseline, four steps of 1024."""
+    run = make_run()
+    planned(run, search={"tokens": 32768}, baselines={}, distill={"devices": None, "device_seconds": None})
+    baseline = {"candidate_id": "cccccccccc", "rung": 3, "tokens": 12288, "origin": "scratch"}
+    run.store.append("trials", [baseline], writer="scratch", sequence=0)
+    for stage in ("search", "baselines", "distill"):
+        attempt(run, stage, "finished", 10.0)
+    search, baselines, distill = plan_against_actual(read_info(run.folder))
+    assert search.tokens == 8192 + 8192 + 4096 + 4096
+    assert baselines.tokens == 12288
+    assert distill.tokens == 4096
+    assert distill.planned_seconds is None
+    # The planned operations, as far as the tokens went, over the seconds of both devices.
+    assert search.reached is not None and search.seconds is not None
+    assert search.reached == 4e9 * (24576 / 32768) / search.seconds
+
+
+def test_files_are_counted(make_run: MakeRun) -> None:
+    run = make_run("distill")
+    planned(run, distill={"disk_bytes": 5000}, export={})
+    folder = run.folder / "checkpoints" / "aaaaaaaaaa" / "final"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"x" * 3000)
+    attempt(run, "distill", "finished", 1.0)
+    distill, export = plan_against_actual(read_info(run.folder))
+    assert (distill.disk, distill.planned_disk) == (3000, 5000)
+    assert export.disk is None
+
+
+def test_it_is_shown_in_80_columns_and_as_markdown(make_run: MakeRun) -> None:
+    run = make_run()
+    planned(run, search={"tokens": 27_037_532_160, "device_seconds": 3.1e6, "disk_bytes": 2**41}, export={})
+    rows = plan_against_actual(read_info(run.folder))
+    console = Console(width=80, record=True, file=None, force_terminal=False)
+    with console.capture() as shown:
+        show(actual_section(rows), console)
+    lines = shown.get().splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in shown.get()
+    assert sum(set(line) == {"─"} for line in lines) == 1, "one table"
+    assert "861 h" in shown.get() and "27.0B" in shown.get()
+    page = markdown_table(actual_section(rows))
+    assert len(page) == 2 + len(rows) and all(line.count("|") == len(HEADER) + 1 for line in page)

@@ -1,0 +1,189 @@
+"""What a worker does for a baseline: the students it begins with, the recipe, and the rows it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from minitron_ray.core.events import EventBus
+from minitron_ray.core.loading import load
+from minitron_ray.execution.stop import StopSignal
+from minitron_ray.experiment import Experiment
+from minitron_ray.importance.controls import control_scores
+from minitron_ray.plan import make_plan
+from minitron_ray.results.cache import Cache
+from minitron_ray.results.store import Store
+from minitron_ray.search.baselines import Baseline
+from minitron_ray.stages.baselines import endings
+from minitron_ray.stages.entrant import Bench, Entrant, score_cut, train_entrant
+from minitron_ray.stages.prepare import prepare
+from minitron_ray.stages.trial import Objective
+
+FIGURES = ("tokens", "val_loss", "val_divergence", "train_loss", "final", "status")
+
+
+class Told(list[tuple[str, dict[str, Any]]]):
+    """Events in the order in which a worker reports them; it is never asked to stop."""
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        self.append((kind, fields))
+
+    def stop_requested(self) -> bool:
+        return False
+
+
+def bench_of(tmp_path: Path, model: Path, text: Path, *overrides: str) -> tuple[Bench, dict[str, Any]]:
+    """A bench with the teacher online, units ranked by lot, and its feasible shapes by text."""
+    (tmp_path / "x.yaml").write_text(
+        f"""
+name: x
+seed: 3
+precision: float32
+teacher: {{path: {model}}}
+data:
+  source: {{kind: files, path: {text}/**/*.txt}}
+  sequence_length: 32
+  calibration: 4
+  validation: 4
+budget: {{parameters: 75k, tolerance: 20%}}
+search:
+  space: {{layers: 3..4, mlp: [48, 64]}}
+  retrain: {{tokens: 1024, rungs: 2, learning_rate: 3e-3}}
+  baselines: [random, largest_first, magnitude, scratch]
+"""
+    )
+    experiment, _ = load(tmp_path / "x.yaml", Experiment, overrides)
+    ready = prepare(experiment, tmp_path, Cache(tmp_path / "cache"), EventBus(), StopSignal(), micro_batch=4)
+    setting = ready.setting
+    scores = control_scores("random", 0, setting.checkpoint, setting.family, setting.architecture)
+    shapes = {row.candidate.shape_text(): row for row in make_plan(experiment, ready.config).feasible}
+    store = Store(tmp_path / "run", "x", "1")
+    return Bench(setting=setting, scores=scores, signal=None, store=store), shapes
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_llama: Path, tiny_text: Path) -> tuple[Bench, dict[str, Any]]:
+    return bench_of(tmp_path, tiny_llama, tiny_text)
+
+
+def trained(bench: Bench, origin: Baseline, shape: Any) -> tuple[list[dict[str, Any]], Told]:
+    """The rows of `trials` of one entrant, and what its worker said."""
+    told = Told()
+    train_entrant(Entrant(origin=origin, shape=shape), bench, 1024, told)
+    rows = [row for row in bench.store.read("trials").to_pylist() if row["origin"] == origin]
+    return sorted(rows, key=lambda row: row["rung"]), told
+
+
+def losses_of(bench: Bench, subject: str) -> dict[tuple[int, int], float]:
+    rows = bench.store.read("sequence_losses").to_pylist()
+    return {(r["tokens"], r["sequence"]): r["loss"] for r in rows if r["subject"] == subject}
+
+
+def test_a_shape_cut_by_importance_gets_what_its_trial_gets(bench: tuple[Bench, dict[str, Any]]) -> None:
+    bench_, shapes = bench
+    shape = next(iter(shapes.values()))
+    rungs: list[dict[str, Any]] = []
+    candidates = {shape.candidate.id: shape.candidate}
+    trial = Objective(
+        setting=bench_.setting, scores=bench_.scores, candidates=candidates, signal=None, checkpoints=None
+    )
+    trial(shape.candidate.id, rungs.append, Told())
+    rows, told = trained(bench_, "random", shape)
+    assert [row["tokens"] for row in rows] == [0, 512, 1024]
+    for row, rung in zip(rows, rungs, strict=True):
+        for name in ("tokens", "val_loss", "val_divergence", "train_loss", "final"):
+            assert row[name] == rung[name], name
+    assert [row["status"] for row in rows] == ["running", "running", "completed"]
+    assert {row["parameters"] for row in rows} == {shape.parameters}
+    name = f"random:{shape.candidate.id}"
+    first = bench_.setting.splits.validation.start
+    expected = {(r["tokens"], first + i): x for r in rungs for i, x in enumerate(r["losses"])}
+    assert losses_of(bench_, name) == expected
+    kinds = [kind for kind, _ in told]
+    assert kinds[0] == "trial_started" and kinds[-1] == "trial_finished"
+    steps = [fields["done"] for kind, fields in told if kind == "stage_progress"]
+    assert steps == list(range(128, 1025, 128))
+    assert told[-1][1]["val_loss"] == rows[-1]["val_loss"] and told[-1][1]["status"] == "completed"
+
+
+def test_a_copy_is_the_same_trial_under_another_origin(bench: tuple[Bench, dict[str, Any]]) -> None:
+    bench_, shapes = bench
+    shape = next(iter(shapes.values()))
+    rows, _ = trained(bench_, "random", shape)
+    entrant, name = Entrant(origin="largest_first", shape=shape), shape.candidate.id
+    bench_.copy(entrant, rows, f"random:{name}")
+    all_rows = bench_.store.read("trials").to_pylist()
+    copies = [row for row in all_rows if row["origin"] == "largest_first"]
+    assert [row | {"origin": "random"} for row in copies] == rows
+    assert losses_of(bench_, entrant.subject) == losses_of(bench_, f"random:{name}")
+    assert set(endings(bench_.store)) == {("random", name), ("largest_first", name)}
+
+
+def test_scratch_has_nothing_of_the_teacher(bench: tuple[Bench, dict[str, Any]], tiny_llama: Path) -> None:
+    bench_, shapes = bench
+    shape = next(iter(shapes.values()))
+    student = bench_.student(Entrant(origin="scratch", shape=shape), bench_.setting.share())
+    config = AutoConfig.from_pretrained(tiny_llama)
+    config.num_hidden_layers, config.intermediate_size = shape.candidate.layers, shape.candidate.mlp
+    torch.manual_seed(3)
+    stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+    ours = student.model.state_dict()
+    assert stock.keys() == ours.keys() and all(torch.equal(stock[name], ours[name]) for name in stock)
+    rows, _ = trained(bench_, "scratch", shape)
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"], "it learns"
+
+
+def test_magnitude_keeps_the_neurons_of_largest_norm(
+    bench: tuple[Bench, dict[str, Any]], tiny_llama: Path
+) -> None:
+    bench_, shapes = bench
+    shape = next(row for row in shapes.values() if row.candidate.layers == 4 and row.candidate.mlp == 48)
+    student = bench_.student(Entrant(origin="magnitude", shape=shape), bench_.setting.share())
+    teacher = load_file(tiny_llama / "model.safetensors")
+    for layer in range(4):
+        prefix = f"model.layers.{layer}.mlp."
+        up, gate = teacher[f"{prefix}up_proj.weight"], teacher[f"{prefix}gate_proj.weight"]
+        down = teacher[f"{prefix}down_proj.weight"]
+        norms = up.square().sum(1) + gate.square().sum(1) + down.square().sum(0)
+        kept = sorted(np.argsort(-norms.numpy())[:48].tolist())
+        assert torch.equal(student.model.state_dict()[f"{prefix}up_proj.weight"], up[kept])
+    other = bench_.student(Entrant(origin="random", shape=shape), bench_.setting.share())
+    assert not torch.equal(other.model.model.layers[0].mlp.up_proj.weight, up[kept])
+
+
+def test_a_cut_is_scored_as_the_trial_measures_it_first(bench: tuple[Bench, dict[str, Any]]) -> None:
+    bench_, shapes = bench
+    shape = next(iter(shapes.values()))
+    score_cut(Entrant(origin="largest_first", shape=shape), bench_, 1, Told())
+    [scored] = bench_.store.read("trials").to_pylist()
+    assert scored["rung"] == scored["tokens"] == 0 and not scored["final"]
+    rows, _ = trained(bench_, "largest_first", shape)
+    assert rows[0]["val_loss"] == scored["val_loss"]
+
+
+def test_a_student_that_cannot_be_trained_is_a_row_and_no_crash(
+    tmp_path: Path, tiny_llama: Path, tiny_text: Path
+) -> None:
+    bench, shapes = bench_of(tmp_path, tiny_llama, tiny_text, "search.retrain.learning_rate=1e30")
+    shape = next(iter(shapes.values()))
+    rows, told = trained(bench, "scratch", shape)
+    assert rows[-1]["status"] == "failed" and rows[-1]["final"]
+    assert "not finite; lower learning_rate" in rows[-1]["reason"]
+    assert rows[-1]["val_loss"] is not None and rows[-1]["tokens"] == 0, "what was measured stays"
+    assert told[-1] == (
+        "trial_finished",
+        {
+            "candidate_id": f"scratch:{shape.candidate.id}",
+            "status": "failed",
+            "val_loss": rows[-1]["val_loss"],
+            "tokens": 0,
+            "reason": rows[-1]["reason"],
+            "shape": f"scratch {shape.candidate.shape_text()}",
+        },
+    )

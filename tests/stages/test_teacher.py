@@ -1,0 +1,182 @@
+"""The stage `teacher`: what is stored is a function of the experiment, and another one adds to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minitron_ray.core.errors import ConfigError
+from minitron_ray.core.events import EventBus
+from minitron_ray.core.loading import load
+from minitron_ray.distillation.signals.final_hidden import FinalHidden
+from minitron_ray.distillation.signals.sampled import Sampled
+from minitron_ray.distillation.signals.top_k import TopK
+from minitron_ray.distillation.targets import SparseTargets
+from minitron_ray.distillation.teacher import StoredTeacher, write_signal
+from minitron_ray.execution.cluster import Cluster
+from minitron_ray.execution.settings import ClusterSettings, Resources
+from minitron_ray.execution.stop import StopSignal
+from minitron_ray.experiment import Experiment
+from minitron_ray.results.cache import Cache
+from minitron_ray.stages.prepare import prepare
+from minitron_ray.stages.teacher import KIND, Library, compute, dealt
+
+Open = Callable[..., Library]
+
+
+@pytest.fixture
+def library(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> Open:
+    """`library(results, *overrides)`: of a small experiment, on a results folder of that name."""
+    (tmp_path / "x.yaml").write_text(
+        f"""
+name: tiny
+teacher: {{path: {tiny_llama}}}
+data:
+  source: {{kind: files, path: "{os.path.relpath(tiny_text, tmp_path)}/**/*.txt"}}
+  sequence_length: 16
+  calibration: 4
+  validation: 5
+budget: {{parameters: 75k, tolerance: 30%}}
+search:
+  space: {{layers: 3..4, mlp: [64, 96]}}
+  retrain: {{tokens: 6400, batch: 4}}
+"""
+    )
+
+    def made(results: str, *overrides: str) -> Library:
+        experiment, _ = load(tmp_path / "x.yaml", Experiment, overrides)
+        cache = Cache(tmp_path / results)
+        ready = prepare(experiment, tmp_path, cache, EventBus(), StopSignal(), micro_batch=3)
+        return Library(setting=ready.setting, inputs=ready.inputs, cache=cache)
+
+    return made
+
+
+def files(cache: Cache) -> dict[str, bytes]:
+    """All bytes of all blocks, by block and file; when they were made apart."""
+    return {
+        str(path.relative_to(cache.folder)): path.read_bytes()
+        for path in sorted((cache.folder / KIND).rglob("*"))
+        if path.is_file() and path.name not in ("DONE.json",) and path.suffix != ".lock"
+    }
+
+
+def fill(library: Library, workers: int) -> list[int]:
+    """As the stage does, by workers one after the other; returns how many sequences each did."""
+    blocks = library.blocks(library.setting.experiment.searched.signal)
+    hands = dealt(library.missing(blocks), workers)
+    done = []
+    for hand in hands:
+        told: list[int] = []
+        compute(hand, library, lambda kind, told=told, **fields: told.append(fields["done"]))
+        done.append(told[-1])
+        assert told == sorted(told)
+    assert not library.missing(blocks)
+    return done
+
+
+@pytest.mark.parametrize("kind", ["final_hidden", "sampled", "top_k"])
+def test_one_worker_and_two_store_identical_bytes(kind: str, library: Open) -> None:
+    alone, pair = (library(name, f"search.signal.kind={kind}") for name in ("alone", "pair"))
+    [whole] = fill(alone, 1)
+    first, second = fill(pair, 2)
+    assert first + second == whole == 5 + 400 and abs(first - second) < 0.3 * whole
+    assert files(alone.cache) == files(pair.cache) and len(files(alone.cache)) >= 4
+
+
+@pytest.mark.ray
+def test_a_group_of_ray_workers_stores_the_same(library: Open, tmp_path: Path) -> None:
+    alone, group = (library(name, "search.signal.kind=sampled") for name in ("alone", "group"))
+    fill(alone, 1)
+    settings = ClusterSettings(workers=2, worker=Resources(cpus=1))
+    with Cluster(settings, tmp_path / "run", EventBus(), StopSignal()) as cluster:
+        missing = group.missing(group.blocks(Sampled()))
+        cluster.map(compute, dealt(missing, cluster.workers()), group)
+    assert files(alone.cache) == files(group.cache)
+
+
+def test_another_budget_adds_to_what_is_there(library: Open) -> None:
+    short = library("results", "search.signal.kind=final_hidden", "search.retrain.tokens=1600")
+    assert sum(fill(short, 1)) == 5 + 100
+    before = files(short.cache)
+    longer = library("results", "search.signal.kind=final_hidden", "search.retrain.batch=8")
+    assert sum(fill(longer, 2)) == 400 - 100  # only what is new
+    after = files(longer.cache)
+    assert {name: after[name] for name in before} == before
+    shorter = library("results", "search.signal.kind=final_hidden", "search.retrain.tokens=3200")
+    assert fill(shorter, 2) == []
+
+
+def test_another_kind_shares_the_exact_states_of_validation(library: Open) -> None:
+    fill(library("results", "search.signal.kind=final_hidden"), 1)
+    other = library("results", "search.signal.kind=sampled")
+    assert sum(fill(other, 1)) == 400
+    reseeded = library("results", "search.signal.kind=sampled", "seed=1")
+    assert sum(fill(reseeded, 1)) == 400  # other sequences come first, and draws are others
+
+
+def test_trials_find_every_sequence_that_they_train_on(library: Open, tmp_path: Path) -> None:
+    """Over more than one epoch, against the running teacher."""
+    overrides = ("search.signal={kind: top_k, k: 256}", "search.retrain.tokens=100k")
+    made = library("results", *overrides, "data.sequence_length=128")
+    fill(made, 1)
+    setting, blocks = made.setting, made.blocks(TopK(k=256))
+    assert sum(len(block.sequences) for block in blocks) == 5 + len(setting.splits.train)
+    (tmp_path / "list").mkdir()
+    write_signal(tmp_path / "list", blocks)
+    share = setting.share()
+    stored, online = setting.stored_teacher(tmp_path / "list", share), setting.online_teacher(share)
+    assert isinstance(stored, StoredTeacher)
+    last = len(setting.splits.train) // 4
+    for step in (1, last, last + 1, last + 20):
+        numbers = setting.training_indices(step, 4)
+        ids = torch.from_numpy(setting.tokens().sequences(numbers))
+        found, hidden = stored.targets(numbers.tolist(), ids), online.hidden(numbers.tolist(), ids)
+        assert isinstance(found, SparseTargets)
+        p = (hidden.float() @ online.head.float().T).softmax(-1)[:, :-1]
+        dense = torch.zeros_like(p).scatter_(-1, found.ids, found.probabilities)
+        # bfloat16, where the machine computes in it, by batches of another size
+        torch.testing.assert_close(dense, p, atol=2e-3, rtol=2e-2)
+    numbers = np.asarray(setting.splits.validation)
+    ids = torch.from_numpy(setting.tokens().sequences(numbers))
+    exact = stored.hidden(numbers.tolist(), ids)
+    torch.testing.assert_close(exact, online.hidden(numbers.tolist(), ids), atol=0.05, rtol=0.02)
+
+
+def test_a_worker_that_is_called_again_keeps_what_it_had_finished(library: Open) -> None:
+    made = library("results", "search.signal.kind=final_hidden")
+    blocks = made.missing(made.blocks(FinalHidden()))
+    seen: list[int] = []
+
+    class Killed(Exception):
+        pass
+
+    def report(kind: str, **fields: int) -> None:
+        seen.append(fields["done"])
+        if fields["done"] > 300:
+            raise Killed
+
+    with pytest.raises(Killed):
+        compute(blocks, made, report)
+    left = sum(len(block.sequences) for block in made.missing(blocks))
+    assert 0 < left < 405 and not list((made.cache.folder / KIND).glob("*.partial"))
+    times = {path: path.stat().st_mtime_ns for path in (made.cache.folder / KIND).glob("*/DONE.json")}
+    compute(blocks, made, lambda kind, **fields: None)
+    assert not made.missing(blocks) and all(path.stat().st_mtime_ns == t for path, t in times.items())
+
+
+def test_a_loss_that_cannot_take_the_signal_is_refused_when_the_file_is_read(library: Open) -> None:
+    with pytest.raises(
+        ConfigError, match=r"search\.signal: sampled keeps a few .* the loss jsd compares whole"
+    ):
+        library("results", "search.signal.kind=sampled", "search.retrain.loss.kind=jsd")
+    with pytest.raises(ConfigError, match=r"search\.signal: top_k keeps .* forward_kl has temperature 2"):
+        library(
+            "results", "search.signal.kind=top_k", "search.retrain.loss={kind: forward_kl, temperature: 2}"
+        )
+    library("results", "search.signal.kind=final_hidden", "search.retrain.loss.kind=jsd")
