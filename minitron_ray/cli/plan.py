@@ -55,16 +55,23 @@ def plan(
     known = [finished(results, one, path.resolve().parent) for path, one in planned]
     hardware = [hardware_of(one, settings, results, probe=probe) for one in plans]
     saving = family_saving(plans)
+    before = [
+        [one for there, one in planned[:number] if there.resolve().parent == path.resolve().parent]
+        for number, (path, _) in enumerate(planned)
+    ]
     if as_json:
         shown = [
-            to_json(one, done, device, layout_of(settings, device))
-            for one, done, device in zip(plans, known, hardware, strict=True)
+            to_json(one, done, device, layout_of(settings, device), first)
+            for one, done, device, first in zip(plans, known, hardware, before, strict=True)
         ]
         shown[-1]["family_saving"] = None if saving is None else saving.as_json()
         click.echo(json.dumps(shown, indent=2))
         return
     console = Console(highlight=False)
-    for one, done, device in zip(plans, known, hardware, strict=True):
-        render(one, console, done, device, layout_of(settings, device))
+    for number, (one, done, device, first) in enumerate(zip(plans, known, hardware, before, strict=True)):
+        if number:
+            console.print()
+        render(one, console, done, device, layout_of(settings, device), first)
     if saving is not None:
+        console.print()
         console.print(f"{'family':<11} {family_line(saving)}", soft_wrap=True)
