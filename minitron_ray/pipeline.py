@@ -22,6 +22,7 @@ from minitron_ray.stages import (
 )
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.hardware import cost_rows
+from minitron_ray.stages.objectives import Cost
 from minitron_ray.stages.prepare import Prepared
 from minitron_ray.weights.fetch import given_config
 
@@ -76,10 +77,16 @@ def _stages(context: Context, plan: Plan, marks: dict[str, str]) -> None:
         lambda: evaluate.run(context, setting, students, folders, signal),
         total=validation * measured,
         unit="sequences",
+        students=chosen,
     )
     choice.conclude(plan, context.run.store)  # once more, with baselines and distilled students
     if "export" in plan.stages:
-        context.stage("export", marks["export"], lambda: export.run(context, plan, setting, chosen, folders))
+        context.stage(
+            "export",
+            marks["export"],
+            lambda: export.run(context, plan, setting, chosen, folders),
+            students=chosen,
+        )
 
 
 def _chosen(context: Context, plan: Plan, marks: dict[str, str], signal: str | None) -> list[str]:
@@ -97,6 +104,7 @@ def _chosen(context: Context, plan: Plan, marks: dict[str, str], signal: str | N
         lambda: search.run(context, plan, setting, signal),
         total=plan.trials,
         unit="trials",
+        again=lambda: choice.choose(plan, context.run.store, Cost(plan)),
     )["chosen"]
     choice.conclude(plan, context.run.store)
     if "baselines" in plan.stages:
@@ -106,6 +114,7 @@ def _chosen(context: Context, plan: Plan, marks: dict[str, str], signal: str | N
             lambda: baselines.run(context, plan, setting, signal, found[0]),
             unit="tokens",
         )
+        choice.conclude(plan, context.run.store)
     return found
 
 
@@ -120,6 +129,7 @@ def _distilled(context: Context, plan: Plan, marks: dict[str, str], chosen: list
         lambda: distill.run(context, plan, setting, chosen),
         total=distilled_tokens(context.experiment),
         unit="tokens",
+        students=chosen,
     )["folders"]
     return folders
 

@@ -83,18 +83,32 @@ def cluster_settings(path: Path | None, address: str | None) -> ClusterSettings:
 
 
 def launch(
-    loaded: Loaded,
-    results: Path,
-    settings: ClusterSettings,
-    *,
-    quiet: bool,
-    as_json: bool,
-    runs: Mapping[str, str] = NO_RUNS,
-) -> Run:
-    """Prepares, opens (or resumes) the run, drives it with a live view on stderr, and prints the ranking."""
-    run = drive(loaded, results, settings, quiet=quiet, runs=runs)
-    _show(results.expanduser().resolve(), run, as_json)
-    return run
+    experiments: Iterable[Loaded], results: Path, settings: ClusterSettings, *, quiet: bool, as_json: bool
+) -> None:
+    """Drives a run of each in order, and prints its ranking; as JSON one list of those that ended well.
+
+    Raises what a stage raised; Interrupted when the user asked to stop.
+    """
+    from rich.console import Console
+
+    from minitron_ray.report.ranking import rank
+    from minitron_ray.report.text import render
+    from minitron_ray.results.files import finite
+
+    results, runs = results.expanduser().resolve(), dict(NO_RUNS)
+    shown: list[Any] = []
+    try:
+        for loaded in experiments:
+            run = drive(loaded, results, settings, quiet=quiet, runs=runs)
+            runs[run.experiment] = run.run_id
+            ranking = rank(resolve_run(results, run.run_id))
+            if as_json:
+                shown.append(finite(ranking.as_json()))
+            else:
+                render(ranking, Console(highlight=False))
+    finally:
+        if shown:
+            click.echo(json.dumps(shown, indent=2, allow_nan=False))
 
 
 def drive(
@@ -157,20 +171,6 @@ def drive(
         again = shlex.join(["minitron-ray", *sys.argv[1:]])
         raise Interrupted(f"interrupted, nothing finished is lost; to go on, run it again: {again}") from None
     return run
-
-
-def _show(results: Path, run: Run, as_json: bool) -> None:
-    from rich.console import Console
-
-    from minitron_ray.report.ranking import rank
-    from minitron_ray.report.text import render
-    from minitron_ray.results.files import finite
-
-    ranking = rank(resolve_run(results, run.run_id))
-    if as_json:
-        click.echo(json.dumps(finite(ranking.as_json()), indent=2, allow_nan=False))
-    else:
-        render(ranking, Console(highlight=False))
 
 
 def environment(overrides: tuple[str, ...]) -> dict[str, Any]:

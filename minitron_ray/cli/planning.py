@@ -14,7 +14,7 @@ from minitron_ray.experiment import Experiment
 from minitron_ray.plan import Plan, make_plan
 from minitron_ray.results.cache import Cache
 from minitron_ray.stages.hardware import known_hardware, probed_hardware
-from minitron_ray.stages.start import known_start
+from minitron_ray.stages.start import Earlier, known_start
 from minitron_ray.weights.fetch import read_config_only
 
 
@@ -23,12 +23,14 @@ def plan_files(paths: Iterable[Path], results: Path, overrides: tuple[str, ...])
     loaded = [(path, load(path, Experiment, overrides)[0]) for path in paths]
     plans: list[tuple[Path, Plan]] = []
     for path, experiment in in_order(loaded, lambda pair: pair[1]):
-        earlier = {plan.experiment.name: plan for _, plan in plans}
+        earlier = {
+            plan.experiment.name: Earlier(plan=plan, base=before.resolve().parent) for before, plan in plans
+        }
         plans.append((path, plan_file(path, experiment, results, earlier)))
     return plans
 
 
-def plan_file(path: Path, experiment: Experiment, results: Path, earlier: Mapping[str, Plan]) -> Plan:
+def plan_file(path: Path, experiment: Experiment, results: Path, earlier: Mapping[str, Earlier]) -> Plan:
     """The plan of one file; of the experiments `earlier` it may start from one that has not been run.
 
     Raises ConfigError for a file that is wrong, or where a model's config is not at hand.

@@ -39,7 +39,7 @@ def run(
     What another EXPERIMENT starts from (start.experiment) is run before it, whatever the order here.
 
     Run the same file again to go on after an interruption: finished stages are reused. Ctrl-C stops
-    at the next safe point, a second Ctrl-C at once.
+    at the next safe point, a second Ctrl-C at once. --json prints a list, a ranking for each EXPERIMENT.
     """
     from minitron_ray.cli.chain import check_starts, in_order
     from minitron_ray.cli.launch import cluster_settings, launch, read_experiments
@@ -47,7 +47,4 @@ def run(
     settings = cluster_settings(cluster_file, address)
     loaded = in_order(read_experiments(experiments, overrides), lambda one: one.experiment)
     check_starts([one.experiment for one in loaded], results)
-    runs: dict[str, str] = {}
-    for one in loaded:
-        done = launch(one, results, settings, quiet=quiet, as_json=as_json, runs=runs)
-        runs[done.experiment] = done.run_id
+    launch(loaded, results, settings, quiet=quiet, as_json=as_json)

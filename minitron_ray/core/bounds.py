@@ -11,9 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
-from typing import Any, ClassVar, Final, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
-from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from minitron_ray.core.units import Count, Fraction, show
@@ -23,8 +23,11 @@ UNBOUNDED: Final = 2**63 - 1
 
 _AROUND: Final = re.compile(r"(.+?)\s*(?:±|\+/-|\+-)\s*(.+)")
 _LIMIT: Final = re.compile(r"(≤|<=|≥|>=)\s*(.+)")
+_BARE: Final = re.compile(r"[\d_]*\.?[\d_]+\.?")
+_SUFFIX: Final = re.compile(r"\s*[a-z]+$", re.I)
 _SIZE: Final = re.compile(r"(\d[\d_]*(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?", re.I)
 _EXPONENTS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_BYTES: Final = "bytes (80GiB, 24GB)"
 _COUNT: Final = TypeAdapter(Count)
 _FRACTION: Final = TypeAdapter(Fraction)
 
@@ -45,11 +48,15 @@ def _read(reader: Callable[[Any], Any], value: Any) -> Any:
 def _bytes(value: Any) -> int:
     match = None if isinstance(value, bool) else _SIZE.fullmatch(str(value).strip())
     if match is None:
-        raise _shape(ByteBounds.expected, value, "; suffixes are KiB to TiB, and KB to TB by thousands")
+        raise _shape(_BYTES, value, "; suffixes are KiB to TiB, and KB to TB by thousands")
     exact = Decimal(match[1].replace("_", "")) * (1024 if match[3] else 1000) ** _EXPONENTS[match[2].lower()]
     if not 1 <= exact <= UNBOUNDED:
         raise _value(f"must be at least 1 byte and below 8 EiB, found {show(value)}")
     return int(exact)
+
+
+ByteCount = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str)]
+"""A number of bytes, at least 1: `80GiB`, `24GB`, `80G` (by thousands), `1048576`."""
 
 
 def _shape(expected: str, found: Any, hint: str = "") -> PydanticCustomError:
@@ -111,11 +118,20 @@ class Bounds(ABC):
 
     @classmethod
     def _range(cls, value: str) -> Self:
+        """`7..8B` is 7B..8B, as people mean it: the suffix holds for a first number that has none."""
         first, _, last = (part.strip() for part in value.partition(".."))
         if not first or not last or ".." in last:
             raise _value(f"expected {cls.expected}, found {show(value)}")
-        low, high = cls._part(first, value), cls._part(last, value)
+        shared = _SUFFIX.search(last) if _BARE.fullmatch(first) else None
+        start = first if shared is None else first + shared[0]
+        high = cls._part(last, value)
+        low = cls._part(start, value)
         if low > high:
+            if shared is not None:
+                raise _value(
+                    f"the range {show(value)} is read as {start}..{last}, which ends below its start; give "
+                    f"{first} a suffix of its own"
+                )
             raise _value(f"the range {show(value)} ends below its start; write {last}..{first}")
         return cls(low=low, high=high)
 

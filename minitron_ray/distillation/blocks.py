@@ -22,11 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitron_ray.core.errors import MinitronError
+from minitron_ray.results.cache import DONE
 
 FIRST_TOKENS: Final = 2**12
 """Size of the block at the beginning: small experiments have work for several workers."""
 LARGEST_TOKENS: Final = 2**18
 """Largest block: some GB of final hidden states, and thousands of blocks for billions of tokens."""
+LIST: Final = "signal.json"
+"""Names the blocks of one signal, in a folder beside theirs."""
 _INDEX: Final = "block.json"
 
 
@@ -81,8 +84,16 @@ def open_block(folder: Path) -> dict[str, NDArray]:
     except FileNotFoundError as error:
         raise MinitronError(
             f"the teacher's signal is incomplete: {error.filename} is missing; remove the folder "
-            f"{folder.parent} and run again"
+            f"{folder} and run again"
         ) from None
+
+
+def blocks_exist(listed: Path) -> bool:
+    """Whether all blocks that the folder `listed` names are there, whole."""
+    if not (listed / LIST).is_file():
+        return False
+    parts = json.loads((listed / LIST).read_bytes())
+    return all((listed / part["block"] / DONE).is_file() for part in parts)
 
 
 def block_bytes(folder: Path) -> int:

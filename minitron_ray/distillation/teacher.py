@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from minitron_ray.distillation import SignalKind
-from minitron_ray.distillation.blocks import open_block, write_block
+from minitron_ray.distillation.blocks import LIST, open_block, write_block
 from minitron_ray.distillation.signal import StoredSignal
 from minitron_ray.distillation.signals.final_hidden import FinalHidden
 from minitron_ray.distillation.targets import SparseTargets
@@ -29,7 +29,6 @@ from minitron_ray.weights.headless import Headless, final_hidden
 
 EXACT: Final = FinalHidden()
 """The signal that losses are measured with."""
-_PARTS: Final = "signal.json"
 _SEQUENCES: Final = "sequences.npy"
 _OPEN_BLOCKS: Final = 64
 """Blocks that stay mapped; training goes through them in order."""
@@ -148,14 +147,14 @@ def write_signal(folder: Path, blocks: Sequence[SignalBlock]) -> None:
     ]
     numbers: NDArray = np.concatenate([np.asarray(block.sequences, dtype=np.int64) for block in blocks])
     np.save(folder / _SEQUENCES, numbers)
-    (folder / _PARTS).write_text(json.dumps(parts, indent=1) + "\n")
+    (folder / LIST).write_text(json.dumps(parts, indent=1) + "\n")
 
 
 def read_signal(folder: Path) -> Iterator[SignalBlock]:
     """What `write_signal` listed."""
     kind: TypeAdapter[StoredSignal] = TypeAdapter(SignalKind)
     numbers, start = np.load(folder / _SEQUENCES), 0
-    for part in json.loads((folder / _PARTS).read_text()):
+    for part in json.loads((folder / LIST).read_text()):
         stop = start + part["sequences"]
         yield SignalBlock(
             folder=folder / part["block"],

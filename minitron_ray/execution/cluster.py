@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError
 from minitron_ray.core.events import EventBus
@@ -15,6 +15,8 @@ from minitron_ray.execution.ray_start import cluster_address, keep_logs, link_lo
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
 
+HEAD: Final = "node:__internal_head__"
+"""What only the node has where Ray was started: a little of it keeps a process there."""
 _RETRIES = 2
 """Of a task whose worker is lost."""
 
@@ -154,15 +156,27 @@ class Cluster:
         calls = [(part, *arguments, report) for part, report in zip(parts, reporters, strict=True)]
         return self._run(function, calls, self.worker(), at_once=self.workers())
 
+    def map_groups(self, function: Callable[..., Any], parts: Sequence[Any], *arguments: Any) -> list[Any]:
+        """The same for a function that has each part done by a `trial_group` and waits for it: it reserves
+        nothing itself. As many parts at a time as there can be trials."""
+        reporters = self.hub.part_reporters(len(parts))
+        calls = [(part, *arguments, report) for part, report in zip(parts, reporters, strict=True)]
+        return self._run(function, calls, None, at_once=self.concurrent_trials())
+
     def _run(
-        self, function: Callable[..., Any], calls: list[tuple[Any, ...]], each: Resources, at_once: int
+        self, function: Callable[..., Any], calls: list[tuple[Any, ...]], each: Resources | None, at_once: int
     ) -> list[Any]:
-        """The results of the calls, each a task that reserves `each`; none goes on when one fails."""
+        """The results of the calls, each a task that reserves `each`, or nothing and stays where the run
+        is; none goes on when one fails."""
         import ray
 
         from minitron_ray.execution.threads import with_threads
 
-        remote = ray.remote(num_cpus=each.cpus, num_gpus=each.gpus, max_retries=_RETRIES)(with_threads)
+        threads = 1 if each is None else each.cpus
+        reserved: dict[str, Any] = {"num_cpus": 0, "resources": {HEAD: 0.001}}
+        if each is not None:
+            reserved = {"num_cpus": each.cpus, "num_gpus": each.gpus}
+        remote = ray.remote(max_retries=_RETRIES, **reserved)(with_threads)
         results: list[Any] = [None] * len(calls)
         waiting = list(enumerate(calls))[::-1]
         running: dict[Any, int] = {}
@@ -170,7 +184,7 @@ class Cluster:
             while waiting or running:
                 while waiting and len(running) < at_once:
                     number, arguments = waiting.pop()
-                    running[remote.remote(each.cpus, function, *arguments)] = number
+                    running[remote.remote(threads, function, *arguments)] = number
                 for task in ray.wait(list(running), timeout=0.5)[0]:
                     results[running[task]] = ray.get(task)
                     del running[task]

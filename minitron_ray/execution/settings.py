@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from minitron_ray.core.bounds import ByteCount
 from minitron_ray.core.hardware import KINDS, UTILIZATION, Hardware, rate_text
 from minitron_ray.core.kinds import Section
 from minitron_ray.core.units import Count
-
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b", re.I)
 
 
 class Resources(Section):
@@ -21,15 +19,6 @@ class Resources(Section):
     gpus: Annotated[int, Field(ge=0)] = 0
 
 
-def _bytes(value: Any) -> Any:
-    """`80GiB`, `64 GB` or a number of bytes."""
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        return value
-    base = 1024 if match[3] else 1000
-    return round(float(match[1]) * base ** ("kmgt".index(match[2].lower()) + 1))
-
-
 class Devices(Section):
     """What the run's processes compute on, for `plan`: how fast, how much memory, how many."""
 
@@ -37,9 +26,7 @@ class Devices(Section):
     """A device whose peak and memory are known: a100, h100, h200 or b200."""
     flops: Count | None = None
     """Operations a second at its peak, in the type of the products; null: those of `kind` in bfloat16."""
-    memory: Annotated[int, Field(ge=1), BeforeValidator(_bytes, json_schema_input_type=int | str)] | None = (
-        None
-    )
+    memory: ByteCount | None = None
     """Bytes of one device; null: those of `kind`."""
     count: Annotated[int, Field(ge=1)] = 1
     utilization: Annotated[float, Field(gt=0, le=1)] = UTILIZATION

@@ -23,13 +23,12 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from minitron_ray.core.errors import MinitronError
-from minitron_ray.execution.cluster import Cluster, GroupSize, root_cause
+from minitron_ray.execution.cluster import HEAD, Cluster, GroupSize, root_cause
 from minitron_ray.execution.stop import StopSignal
 from minitron_ray.execution.threads import with_threads
 from minitron_ray.search.cohorts import FINISHED, Cohorts
 from minitron_ray.search.halving import Fate
 
-_HEAD: Final = "node:__internal_head__"
 _RESTARTS: Final = 2
 """Of a trial whose process is lost."""
 
@@ -70,7 +69,7 @@ def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) ->
         return
     each, group = cluster.trial(), request.group
     # A trial of several processes only waits for them: it reserves nothing, and stays where the run is.
-    reserved = {"CPU": each.cpus, "GPU": each.gpus} if group is None else {"CPU": 0, _HEAD: 0.001}
+    reserved = {"CPU": each.cpus, "GPU": each.gpus} if group is None else {"CPU": 0, HEAD: 0.001}
     trainable = tune.with_resources(
         tune.with_parameters(
             _trial, objective=request.objective, reporter=cluster.hub.reporter(), threads=each.cpus

@@ -56,13 +56,6 @@ def training_flops(family: Family, arch: Architecture, sequence_length: int) -> 
     return 3 * forward_flops(family, arch, sequence_length)
 
 
-def distillation_flops(
-    family: Family, teacher: Architecture, student: Architecture, sequence_length: int
-) -> int:
-    """Operations a token of a distillation step: the teacher's forward pass and the student's training."""
-    return forward_flops(family, teacher, sequence_length) + training_flops(family, student, sequence_length)
-
-
 def weight_bytes(family: Family, arch: Architecture, dtype: str) -> int:
     """Size of the weights. Raises KeyError for a type that is not in `BYTES`."""
     return family.parameters(arch) * BYTES[dtype]

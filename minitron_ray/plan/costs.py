@@ -13,12 +13,13 @@ from minitron_ray.experiment import Distill, Experiment, Retrain
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.cost import forward_flops, head_flops, training_flops, weight_bytes
 from minitron_ray.models.family import Family
+from minitron_ray.plan.checkpoints import most_checkpoints
 from minitron_ray.plan.memory import Layout, Memory
 from minitron_ray.plan.scoring import scoring_passes
-from minitron_ray.plan.signal import SignalCost, signal_costs
+from minitron_ray.plan.signal import SignalCost, signal_costs, signal_tokens
 from minitron_ray.plan.students import costliest_first
 from minitron_ray.plan.tokens import (
-    cohorts_of,
+    cohorts_at_rungs,
     kept_students,
     rung_tokens,
     tokens_seen,
@@ -30,13 +31,15 @@ from minitron_ray.search.space import CandidateRow
 
 DISTILL_CHECKPOINTS = 3
 """Of a distillation on disk at a time: two that are kept, and the one that is being written."""
+TRIAL_CHECKPOINTS, GROUP_CHECKPOINTS = 1, 2
+"""That are kept of a trial in one process, and of one that a group trains."""
 CHECKPOINT_BYTES = 12
 """Bytes a parameter of a checkpoint: the weight and Adam's two moments in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCost:
-    """An upper bound: of several shapes it takes the costliest."""
+    """An upper bound: of several shapes it takes the costliest. Ties that are trained on come on top."""
 
     stage: str
     what: str
@@ -63,10 +66,12 @@ def costs(
     stages: Sequence[str],
     start: Architecture | None = None,
     layout: Layout | None = None,
+    signal_of: str | None = None,
 ) -> tuple[StageCost, ...]:
     """What those of `stages` take that compute, in their order.
 
-    `start` is the model that is cut, where it is not the teacher.
+    `start` is the model that is cut, where it is not the teacher; `signal_of` names an experiment that has
+    stored the teacher's signal by then.
     """
     counted = _Costs(
         experiment=experiment,
@@ -75,6 +80,7 @@ def costs(
         start=start or teacher,
         feasible=tuple(feasible),
         layout=layout or Layout(),
+        signal_of=signal_of,
     )
     return tuple(cost for stage in stages if (cost := counted.of(stage)) is not None)
 
@@ -94,6 +100,7 @@ class _Costs:
     start: Architecture
     feasible: tuple[CandidateRow, ...]
     layout: Layout
+    signal_of: str | None
 
     def of(self, stage: str) -> StageCost | None:
         """None for a stage that computes nothing to speak of."""
@@ -135,8 +142,12 @@ class _Costs:
             return StageCost(
                 stage="teacher", what="online where it is needed: nothing is stored", tokens=0, flops=0.0
             )
-        of = "search and validation" if self.experiment.search is not None else "validation"
-        trained = 0 if self.experiment.search is None else self._seen(self.experiment.search.retrain)
+        searched = self.experiment.search is not None and signal_tokens(self.experiment) > 0
+        of = "search and validation" if searched else "validation"
+        trained = self._seen(self.experiment.searched.retrain) if searched else 0
+        if self.signal_of is not None:
+            what = f"{self.signal.signal.label} of {of}, which {self.signal_of} has stored by then"
+            return StageCost(stage="teacher", what=what, tokens=0, flops=0.0)
         return StageCost(
             stage="teacher",
             what=f"{self.signal.signal.label} of {of}, {format_bytes(self.signal.bytes)}, kept in the cache",
@@ -162,28 +173,35 @@ class _Costs:
 
     def _search(self) -> StageCost:
         retrain, trials = self.experiment.searched.retrain, self.trials
-        tokens, flops = 0, 0.0
+        tokens, flops = 0, sum(self._measured(arch) for arch in self.students[:trials])
         for reached, start, end in self._segments():
             tokens += reached * (end - start)
             flops += sum(
                 (end - start) * self._trained(arch, retrain) + self._measured(arch)
                 for arch in self.students[:reached]
             )
-        halved = self.experiment.searched.halving is not None
         what = f"{trials} trials of {format_count(self.rungs[-1])} tokens"
-        disk = 0
-        if halved:
+        if self.experiment.searched.halving is not None:
             what += f", of which {self.reached[-1]} go to the end"
-            waiting = max(cohorts_of(self.experiment, trials, len(self.feasible)))
-            disk = CHECKPOINT_BYTES * self.family.parameters(self.largest) * waiting
+            if self.experiment.searched.keep == "ties":
+                what += ", ties aside"
         return StageCost(
             stage="search",
             what=what,
             tokens=tokens,
             flops=flops,
             memory_bytes=self._trial_bytes,
-            disk_bytes=disk,
+            disk_bytes=CHECKPOINT_BYTES * self.family.parameters(self.largest) * self._checkpoints(),
         )
+
+    def _checkpoints(self) -> int:
+        """Of trials: of those that wait at a rung, and of those whose group is dissolved there."""
+        search, group = self.experiment.searched, self.layout.trial_workers > 1
+        if search.halving is None and not group:
+            return 0
+        cohorts = cohorts_at_rungs(self.experiment, self.trials, len(self.feasible))
+        kept = GROUP_CHECKPOINTS if group else TRIAL_CHECKPOINTS
+        return most_checkpoints(cohorts, kept, keep_stopped=search.keep == "ties")
 
     def _baselines(self) -> StageCost:
         """At most: what the search has trained to the end is not trained again."""

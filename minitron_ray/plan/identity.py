@@ -15,7 +15,7 @@ from minitron_ray.core.fingerprint import digest
 from minitron_ray.experiment import Experiment
 from minitron_ray.importance.metric import RemovalMetric
 from minitron_ray.plan.plan import Plan
-from minitron_ray.plan.signal import choose_signal
+from minitron_ray.plan.signal import choose_signal, signal_tokens
 
 VERSIONS: Final = MappingProxyType(
     {
@@ -82,7 +82,7 @@ def stage_fingerprints(plan: Plan, inputs: Inputs) -> dict[str, str]:
     student = ["importance"]
     ranking = [e.importance.width_label, e.importance.depth.label]  # one table may hold several
     cut = {"cut": e.cut, "ranking": ranking, "shapes": [row.candidate.id for row in plan.feasible]}
-    if e.search is not None:
+    if e.search is not None and signal_tokens(e):
         signal |= {"tokens": e.search.retrain.tokens, "batch": e.search.retrain.batch, "seed": e.seed}
     chosen = choose_signal(e, plan.teacher)
     mark("teacher", {**signal, "signal": chosen})
@@ -91,11 +91,13 @@ def stage_fingerprints(plan: Plan, inputs: Inputs) -> dict[str, str]:
         if scored:
             cuts = {"zero_shot": e.search.zero_shot, "validation": validation, **cut}
             mark("zero_shot", cuts, "importance", **seeded)
-        search = e.search.model_dump(mode="json", exclude={"baselines"})
+        # Without halving all trials are trained to the end, however many are kept of them then.
+        choice = {"keep": e.search.keep} if e.search.halving is None else {}
+        search = e.search.model_dump(mode="json", exclude={"baselines", *choice})
         mark("search", {"search": search, **cut}, "importance", "teacher", *scored, **seeded)
         if "baselines" in plan.stages:
-            mark("baselines", {"baselines": sorted(e.search.baselines), **cut}, "search", **seeded)
-        student = ["search"]
+            mark("baselines", {**_baselines(e), **cut}, "search", **seeded)
+        student, cut = ["search"], {**cut, **choice}
     if e.distill is not None:
         mark("distill", {"distill": e.distill, "validation": validation, **cut}, *student, **seeded)
         student = ["distill"]
@@ -103,6 +105,14 @@ def stage_fingerprints(plan: Plan, inputs: Inputs) -> dict[str, str]:
     if "export" in plan.stages:
         mark("export", {"export": e.export}, "evaluate")
     return marks
+
+
+def _baselines(e: Experiment) -> dict[str, Any]:
+    asked = e.searched.baselines
+    fields: dict[str, Any] = {"baselines": sorted(asked)}
+    if "largest_first" in asked and e.budget is not None:
+        fields["count"] = e.budget.count  # by which parameters a shape is large
+    return fields
 
 
 def _importance(plan: Plan) -> dict[str, Any]:

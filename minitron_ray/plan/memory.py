@@ -15,7 +15,7 @@ LOGITS: Final = {"cpu": 2**24, "accelerator": 2**27}
 LOGIT_COPIES: Final = 4
 """Of a chunk in float32: both models' logits, the gradient, and one on the way."""
 WEIGHTS_SHARE: Final = 0.6
-"""Of a device's memory, above which a teacher is scored layer by layer, see `stages/scoring.py`."""
+"""Of a device's memory, in a run of what is free: above it a teacher is scored layer by layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from minitron_ray.models.family import Family
 from minitron_ray.plan.costs import StageCost, costs, timed
 from minitron_ray.plan.memory import Layout
 from minitron_ray.plan.shape import fixed_shape
+from minitron_ray.plan.signal import finds_signal
 from minitron_ray.search.space import Candidate, CandidateRow, enumerate_candidates
 
 
@@ -69,8 +70,19 @@ class Plan:
                 return row.candidate
         raise KeyError(candidate_id)
 
-    def costs(self, hardware: Hardware | None = None, layout: Layout | None = None) -> tuple[StageCost, ...]:
-        """What each stage takes, in order; with the time it takes where there is a `hardware`."""
+    def costs(
+        self,
+        hardware: Hardware | None = None,
+        layout: Layout | None = None,
+        before: Sequence[Plan] = (),
+    ) -> tuple[StageCost, ...]:
+        """What each stage takes, in order; with the time it takes where there is a `hardware`. What plans
+        that are run `before` store of the teacher is not made again."""
+        storing = (
+            one.experiment.name
+            for one in before
+            if one.config == self.config and finds_signal(self.experiment, one.experiment, self.teacher)
+        )
         found = costs(
             self.experiment,
             self.family,
@@ -79,6 +91,7 @@ class Plan:
             self.stages,
             start=self.start,
             layout=layout or Layout.on(hardware),
+            signal_of=next(storing, None),
         )
         return timed(found, hardware)
 
@@ -148,8 +161,9 @@ def make_plan(
         rows = tuple(
             enumerate_candidates(family, start, search.space, limits, experiment.cut, search.serving)
         )
-    for known in (config, cut_config):
-        _check_length(experiment, known)
+    _check_length(experiment, config, "teacher")
+    if start_config is not None:
+        _check_length(experiment, cut_config, "start")
     _check(experiment, rows)
     _check_blocks(experiment.importance.depth.blocks, start.layers, rows)
     return Plan(
@@ -225,11 +239,11 @@ def check_same_model(given: Mapping[str, Any], real: Mapping[str, Any], section:
         )
 
 
-def _check_length(experiment: Experiment, config: Mapping[str, Any]) -> None:
+def _check_length(experiment: Experiment, config: Mapping[str, Any], whose: str) -> None:
     length, positions = experiment.data.sequence_length, config.get("max_position_embeddings")
     if isinstance(positions, int) and length > positions:
         raise ConfigError(
-            f"data.sequence_length: {length} is longer than the teacher's context of {positions}; "
+            f"data.sequence_length: {length} is longer than the {whose}'s context of {positions}; "
             f"set it to {positions} or less"
         )
 

@@ -70,9 +70,11 @@ def search_saving(
     arch = student or costliest(plan)
     tokens = tokens_seen(search.retrain.tokens, search.retrain.batch, length)
     training, teacher = training_flops(family, arch, length), forward_flops(family, plan.teacher, length)
+    needed = search.retrain.loss.needs_teacher
+    teacher = teacher if needed else 0
     runs = _halved_runs(plan, trials, tokens)
     once, beside = 0, teacher
-    if isinstance(kind, StoredSignal):
+    if needed and isinstance(kind, StoredSignal):
         once = teacher if kind.sparse else body_flops(family, plan.teacher, length)
         beside = 0 if kind.sparse else head_flops(plan.teacher)
     return SearchSaving(
@@ -136,12 +138,6 @@ class FamilySaving:
         return found | {"parameters": list(self.parameters)}
 
 
-def times_cheaper(flops: Sequence[float], ratio: float = SCRATCH_TOKENS) -> float:
-    """The paper's arithmetic: all of `flops`, each a model's operations a token (or a step), over the first
-    and a part of the others, since a distilled model takes 1/`ratio` of the tokens."""
-    return sum(flops) / (flops[0] + sum(flops[1:]) / ratio)
-
-
 def family_saving(plans: Sequence[Plan]) -> FamilySaving | None:
     """Of experiments of which each cuts what the one before has made; None where they are no such chain,
     or do not distill."""
@@ -160,7 +156,9 @@ def family_saving(plans: Sequence[Plan]) -> FamilySaving | None:
     first = each[0] * SCRATCH_TOKENS * max(tokens)
     scratch = first + sum(SCRATCH_TOKENS * n * flops for n, flops in zip(tokens, each[1:], strict=True))
     students = sum(n * flops for n, flops in zip(tokens, each[1:], strict=True))
-    everything = sum(cost.flops for plan in plans for cost in plan.costs())
+    everything = sum(
+        cost.flops for number, plan in enumerate(plans) for cost in plan.costs(before=plans[:number])
+    )
     return FamilySaving(
         parameters=tuple(family.parameters(arch) for family, arch in zip(families, models, strict=True)),
         papers_times=scratch / (first + students),

@@ -16,6 +16,7 @@ from minitron_ray.experiment import Experiment
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.cost import BYTES, body_flops, head_flops
 from minitron_ray.models.family import Family
+from minitron_ray.plan.tokens import tokens_seen
 
 LARGEST_SIGNAL: Final = 200 * 2**30
 """Bytes that a signal which nobody asked for by name may take on disk; the paper's 1.8B tokens, sampled, fit."""
@@ -41,8 +42,11 @@ class SignalCost:
 
 
 def signal_tokens(experiment: Experiment) -> int:
-    """Tokens that a trial is trained on, at most; 0 without a search."""
-    return 0 if experiment.search is None else experiment.search.retrain.tokens
+    """Tokens of which trials need the teacher, at most; 0 without a search, or where the loss takes nothing
+    of it."""
+    if experiment.search is None or not experiment.search.retrain.loss.needs_teacher:
+        return 0
+    return experiment.search.retrain.tokens
 
 
 def validation_tokens(experiment: Experiment) -> int:
@@ -51,7 +55,8 @@ def validation_tokens(experiment: Experiment) -> int:
 
 
 def signal_bytes(signal: Signal, experiment: Experiment, teacher: Architecture) -> int:
-    """Bytes on disk. Measuring needs exact final hidden states whatever the trials train on."""
+    """Bytes on disk, at most: a text that is shorter than a trial is stored once. Measuring needs exact final
+    hidden states whatever the trials train on."""
     if not isinstance(signal, StoredSignal):
         return 0
     sizes = (teacher.hidden, teacher.vocab, _value_bytes(experiment))
@@ -73,6 +78,29 @@ def choose_signal(experiment: Experiment, teacher: Architecture) -> Signal:
         ):
             return signal
     return Online()
+
+
+def finds_signal(experiment: Experiment, before: Experiment, teacher: Architecture) -> bool:
+    """Whether all that is stored of the `teacher` for `experiment` is there once `before`, whose teacher has
+    the same config, has been run: the same text, and trials that see no other sequences."""
+    here, there = (
+        one.model_dump(mode="json", include={"teacher", "data", "precision"}) for one in (experiment, before)
+    )
+    for known in (here, there):
+        known["teacher"].pop("config")  # says what the teacher is before it is there
+    kinds = [choose_signal(one, teacher) for one in (experiment, before)]
+    if here != there or not all(isinstance(kind, StoredSignal) for kind in kinds):
+        return False
+    seen, stored = _seen(experiment), _seen(before)
+    return seen == 0 or (kinds[0] == kinds[1] and experiment.seed == before.seed and seen <= stored)
+
+
+def _seen(experiment: Experiment) -> int:
+    """Tokens of whole optimizer steps that trials need the teacher for."""
+    tokens = signal_tokens(experiment)
+    if not tokens:
+        return 0
+    return tokens_seen(tokens, experiment.searched.retrain.batch, experiment.data.sequence_length)
 
 
 def signal_costs(experiment: Experiment, family: Family, teacher: Architecture) -> tuple[SignalCost, ...]:

@@ -44,26 +44,41 @@ def rung_tokens(experiment: Experiment) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def cohorts_of(experiment: Experiment, trials: int, feasible: int | None = None) -> tuple[int, ...]:
-    """How many of `trials` are halved among themselves at a time; None feasible shapes are more than those."""
+def halving_rule(experiment: Experiment) -> Halving:
+    """Where trials report, and how many go on."""
     search = experiment.searched
-    sampler = sampler_for(search.sampler, trials + 1 if feasible is None else feasible, trials)
-    reduction, given = (search.halving.reduction, search.halving.cohort) if search.halving else (None, None)
-    size = cohort_size(
-        trials, len(rung_tokens(experiment)), reduction, search.fewest_kept, sampler.learns, given
+    return Halving(
+        rungs=rung_tokens(experiment),
+        reduction=search.halving.reduction if search.halving else None,
+        keep=search.fewest_kept,
     )
+
+
+def trials_a_cohort(experiment: Experiment, trials: int, feasible: int | None = None) -> int:
+    """How many of `trials` are proposed together; None feasible shapes are more than those."""
+    search, rule = experiment.searched, halving_rule(experiment)
+    sampler = sampler_for(search.sampler, trials + 1 if feasible is None else feasible, trials)
+    given = search.halving.cohort if search.halving else None
+    return cohort_size(trials, len(rule.rungs), rule.reduction, rule.keep, sampler.learns, given)
+
+
+def cohorts_of(experiment: Experiment, trials: int, feasible: int | None = None) -> tuple[int, ...]:
+    """How many of `trials` are halved among themselves at a time; `feasible` as in `trials_a_cohort`."""
+    size = trials_a_cohort(experiment, trials, feasible)
     return tuple(min(size, trials - start) for start in range(0, trials, size))
 
 
 def trials_at_rungs(experiment: Experiment, trials: int, feasible: int | None = None) -> tuple[int, ...]:
     """How many of `trials` train up to each rung, where none fails."""
-    search = experiment.searched
-    rule = Halving(
-        rungs=rung_tokens(experiment),
-        reduction=search.halving.reduction if search.halving else None,
-        keep=search.fewest_kept,
-    )
-    return reached(rule, cohorts_of(experiment, trials, feasible))
+    return reached(halving_rule(experiment), cohorts_of(experiment, trials, feasible))
+
+
+def cohorts_at_rungs(
+    experiment: Experiment, trials: int, feasible: int | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """The same of each cohort."""
+    rule = halving_rule(experiment)
+    return tuple(reached(rule, [count]) for count in cohorts_of(experiment, trials, feasible))
 
 
 def reached(rule: Halving, cohorts: Sequence[int]) -> tuple[int, ...]:

@@ -23,26 +23,27 @@ class StageActual:
 
     stage: str
     status: str | None
-    """finished, reused, failed or interrupted; None for a stage that has not begun."""
+    """Of the last attempt, see the table `stages`; None for a stage that has not begun."""
     planned_tokens: int
     tokens: int | None
-    """That were trained on or measured, from the tables."""
+    """That this run trained on or measured; None where that is not known, or was done by another run."""
     planned_flops: float
     planned_seconds: float | None
     """Of one device."""
     seconds: float | None
-    """Wall time of all attempts, times the planned devices; None where another run's result was taken over."""
+    """Wall time of all attempts that came to an end, times the planned devices; None where there was none."""
     planned_disk: int
     disk: int | None
     """Bytes that the stage has left."""
+    share: float | None
+    """Of the planned work, what was done in `seconds`; None where that is not known."""
 
     @property
     def reached(self) -> float | None:
-        """Operations a second of one device: the planned ones, as far as the tokens went."""
-        if not self.seconds or not self.planned_flops:
+        """Operations a second of one device: the planned ones, as far as the work went."""
+        if not self.seconds or not self.planned_flops or not self.share:
             return None
-        share = self.tokens / self.planned_tokens if self.tokens and self.planned_tokens else 1.0
-        return self.planned_flops * share / self.seconds
+        return self.planned_flops * self.share / self.seconds
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -52,28 +53,47 @@ class StageActual:
 def plan_against_actual(run: RunInfo) -> tuple[StageActual, ...]:
     """A row a planned stage, in order; none for a run from before plans were kept."""
     store = run.store
-    attempts = store.read("stages").to_pylist()
-    tokens = {stage: seen for stage, count in _TOKENS.items() if (seen := count(store)) is not None}
+    attempts = sorted(store.read("stages").to_pylist(), key=lambda row: row["at"])
+    tokens = {stage: count(store) for stage, count in _TOKENS.items()}
     return tuple(_row(row, attempts, tokens, run) for row in store.read("costs").to_pylist())
 
 
 def _row(
-    planned: dict[str, Any], attempts: Sequence[dict[str, Any]], tokens: dict[str, int], run: RunInfo
+    planned: dict[str, Any], attempts: Sequence[dict[str, Any]], counted: dict[str, int | None], run: RunInfo
 ) -> StageActual:
     stage = planned["stage"]
     own = [row for row in attempts if row["stage"] == stage]
-    worked = [row["seconds"] for row in own if row["status"] != "reused"]
+    worked = [row for row in own if row["status"] not in _NOT_WORKED]
+    ended = [row["seconds"] for row in worked if row["seconds"] is not None]
+    tokens = counted[stage] if stage in counted else _noted(worked)
+    if not worked or any(row["status"] == "taken_over" for row in own):
+        tokens = None  # the tables have what another run did
     return StageActual(
         stage=stage,
         status=own[-1]["status"] if own else None,
         planned_tokens=planned["tokens"],
-        tokens=tokens.get(stage) if own else None,
+        tokens=tokens,
         planned_flops=planned["flops"],
         planned_seconds=planned["device_seconds"],
-        seconds=sum(worked) * (planned["devices"] or 1) if worked else None,
+        seconds=sum(ended) * (planned["devices"] or 1) if ended else None,
         planned_disk=planned["disk_bytes"],
         disk=_disk(stage, run) if own else None,
+        share=_share(stage, worked, tokens, planned["tokens"]) if len(ended) == len(worked) else None,
     )
+
+
+def _noted(attempts: Sequence[dict[str, Any]]) -> int | None:
+    """Tokens that the attempts say they put through a network; None where one does not."""
+    said = [row["tokens"] for row in attempts]
+    return None if not said or None in said else sum(said)
+
+
+def _share(stage: str, worked: Sequence[dict[str, Any]], tokens: int | None, planned: int) -> float | None:
+    """Of the planned work, what attempts that all came to an end have done."""
+    if tokens is not None:
+        return tokens / planned if planned else None
+    decided = stage not in (*_TOKENS, "teacher")
+    return 1.0 if decided and any(row["status"] == "finished" for row in worked) else None
 
 
 def _searched(store: Store) -> int | None:
@@ -85,10 +105,10 @@ def _baselines(store: Store) -> int | None:
 
 
 def _trained(store: Store, counts: Callable[[str | None], bool]) -> int | None:
-    """Tokens that trials of some origins saw; a trial has a row a rung."""
+    """Tokens that trials of some origins saw; a trial has a row a rung. A copy was not trained."""
     seen: dict[tuple[str | None, str], int] = {}
     for row in store.read("trials").to_pylist():
-        if counts(row["origin"]) and row["tokens"] is not None:
+        if counts(row["origin"]) and row["tokens"] is not None and not row["copied"]:
             key = (row["origin"], row["candidate_id"])
             seen[key] = max(seen.get(key, 0), row["tokens"])
     return sum(seen.values()) if seen else None
@@ -106,7 +126,9 @@ _TOKENS: Final[dict[str, Callable[[Store], int | None]]] = {
     "baselines": _baselines,
     "distill": _distilled,
 }
-"""Of stages whose tokens are not decided before they run."""
+"""Of stages whose tokens are not decided before they run, and are in their tables."""
+_NOT_WORKED: Final = ("reused", "taken_over")
+"""How an attempt ends that has found the result."""
 
 
 def _disk(stage: str, run: RunInfo) -> int | None:
@@ -133,9 +155,8 @@ HEADER: Final = ("stage", "tokens", "planned", "device\ntime", "planned", "reach
 def cells(rows: Sequence[StageActual]) -> Iterator[tuple[str, ...]]:
     """A line a stage, under `HEADER`: what was found, then what was planned."""
     for row in rows:
-        taken = (
-            "reused" if row.status == "reused" and row.seconds is None else _or_none(row.seconds, time_text)
-        )
+        found = row.status in _NOT_WORKED and row.seconds is None
+        taken = "reused" if found else _or_none(row.seconds, time_text)
         yield (
             row.stage,
             _or_none(row.tokens, format_count),

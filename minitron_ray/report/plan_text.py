@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -37,10 +37,12 @@ def render(
     finished: Mapping[str, str] = MappingProxyType({}),
     hardware: Hardware | None = None,
     layout: Layout | None = None,
+    before: Sequence[Plan] = (),
 ) -> None:
     """Teacher, student or candidates, and an upper bound of what each stage costs.
 
-    `finished` has the stages that will be taken from an earlier run, and which run that is.
+    `finished` has the stages that will be taken from an earlier run, and which run that is; `before` the
+    plans that are run first.
     """
     layout = layout or Layout.on(hardware)
     teacher, family = plan.teacher, plan.family
@@ -64,7 +66,7 @@ def render(
         console.print()
     if len(plan.feasible) > _SHOWN:
         console.print(f"... and {len(plan.feasible) - _SHOWN:,} more; --json prints all")
-    costs = plan.costs(hardware, layout)
+    costs = plan.costs(hardware, layout, before)
     console.print(cost_table(costs, finished, hardware))
     for name, text in cost_lines(costs, finished, hardware, layout):
         console.print(f"{name:<11} {text}", soft_wrap=True)
@@ -126,6 +128,7 @@ def as_json(
     finished: Mapping[str, str] = MappingProxyType({}),
     hardware: Hardware | None = None,
     layout: Layout | None = None,
+    before: Sequence[Plan] = (),
 ) -> dict[str, Any]:
     """The same as JSON values, every candidate included."""
     return {
@@ -151,7 +154,7 @@ def as_json(
         "trials": plan.trials,
         "candidates": [row.row() for row in plan.rows],
         "hardware": None if hardware is None else asdict(hardware),
-        "costs": [cost.row() for cost in plan.costs(hardware, layout)],
+        "costs": [cost.row() for cost in plan.costs(hardware, layout, before)],
         "signals": signals_json(plan),
         "savings": [saving.as_json() for saving in search_savings(plan)],
     }

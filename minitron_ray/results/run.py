@@ -43,6 +43,7 @@ class Run:
         self.store = Store(folder, info.experiment, info.run_id)
         self._writing = threading.Lock()
         self._events_mended = False
+        self._begun: dict[str, int] = {}
 
     @classmethod
     def open(
@@ -120,24 +121,66 @@ class Run:
         record: dict[str, Any] = json.loads(path.read_bytes())
         return record if record["fingerprint"] == fingerprint else None
 
+    def begin_stage(self, stage: str, fingerprint: str) -> None:
+        """Adds a row to `stages` for an attempt in progress, which that of its end replaces: of one that is
+        killed it stays."""
+        row = _stage_row(stage, fingerprint, "running", "", None)
+        with self._writing:
+            self._begun[stage] = self._next_attempt(stage)
+            self.store.append("stages", [row], writer=f"attempt-{stage}", sequence=self._begun[stage])
+
     def finish_stage(
-        self, stage: str, fingerprint: str, output: dict[str, Any], summary: str, seconds: float
+        self,
+        stage: str,
+        fingerprint: str,
+        output: dict[str, Any],
+        summary: str,
+        seconds: float,
+        *,
+        tokens: int | None = None,
+        taken_over: bool = False,
     ) -> None:
-        """Records that a stage is done; call it after everything else of the stage is written."""
-        row = _stage_row(stage, fingerprint, "finished", summary, seconds)
-        self.store.append("stages", [row], writer=f"finished-{stage}", sequence=0)
+        """Records that a stage is done; call it after everything else of the stage is written.
+
+        `tokens` are those that this attempt put through a network. What is `taken_over` from another run
+        took its `seconds` there.
+        """
+        status, spent = ("taken_over", 0.0) if taken_over else ("finished", seconds)
+        row = _stage_row(stage, fingerprint, status, summary, spent, tokens)
+        with self._writing:
+            begun = self._begun.pop(stage, None)
+            writer = f"finished-{stage}" if begun is None else f"attempt-{stage}"
+            self.store.append("stages", [row], writer=writer, sequence=begun or 0)
         record = {"stage": stage, "fingerprint": fingerprint, "summary": summary, "seconds": seconds}
         make_folder(self.folder / "stages")
         write_json(self.folder / "stages" / f"{stage}.json", record | {"output": output})
 
-    def note_stage(self, stage: str, fingerprint: str, status: str, summary: str, seconds: float) -> None:
+    def drop_stage(self, stage: str) -> None:
+        """The stage is no longer done; its rows stay."""
+        (self.folder / "stages" / f"{stage}.json").unlink(missing_ok=True)
+
+    def note_stage(
+        self,
+        stage: str,
+        fingerprint: str,
+        status: str,
+        summary: str,
+        seconds: float,
+        *,
+        tokens: int | None = None,
+    ) -> None:
         """Adds a row to `stages` for an attempt that was reused, failed or interrupted."""
-        row = _stage_row(stage, fingerprint, status, summary, seconds)
+        row = _stage_row(stage, fingerprint, status, summary, seconds, tokens)
         with self._writing:
-            sequence = 0
-            while self.store.has("stages", f"attempt-{stage}", sequence):
-                sequence += 1
+            begun = self._begun.pop(stage, None)
+            sequence = self._next_attempt(stage) if begun is None else begun
             self.store.append("stages", [row], writer=f"attempt-{stage}", sequence=sequence)
+
+    def _next_attempt(self, stage: str) -> int:
+        sequence = 0
+        while self.store.has("stages", f"attempt-{stage}", sequence):
+            sequence += 1
+        return sequence
 
     def log_event(self, event: Event) -> None:
         """Appends one line to events.jsonl; a listener for `core.events.EventBus`, from any thread."""
@@ -204,11 +247,18 @@ def _create(
     return folder
 
 
-def _stage_row(stage: str, fingerprint: str, status: str, summary: str, seconds: float) -> dict[str, Any]:
+def _stage_row(
+    stage: str,
+    fingerprint: str,
+    status: str,
+    summary: str,
+    seconds: float | None,
+    tokens: int | None = None,
+) -> dict[str, Any]:
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; one of {', '.join(STAGES)}")
     row = {"stage": stage, "fingerprint": fingerprint, "status": status, "summary": summary}
-    return row | {"seconds": seconds, "at": datetime.now(UTC)}
+    return row | {"seconds": seconds, "at": datetime.now(UTC), "tokens": tokens}
 
 
 def _torn(path: Path) -> bool:

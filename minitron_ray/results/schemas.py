@@ -50,10 +50,15 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
         "stages": _schema(
             stage=(_TEXT, "its name, see `results.runs.STAGES`"),
             fingerprint=(_TEXT, "digest of the stage's inputs"),
-            status=(_TEXT, "finished, reused, failed or interrupted"),
+            status=(
+                _TEXT,
+                "finished, taken_over (from another run), reused, failed, interrupted, or running: in progress, "
+                "or killed",
+            ),
             summary=(_TEXT, "one line"),
-            seconds=(_REAL, "wall time of this attempt"),
-            at=(_TIME, "when it ended"),
+            seconds=(_REAL, "wall time of this attempt; null of one that is running, or was killed"),
+            at=(_TIME, "when it ended, or of one that did not, when it began"),
+            tokens=(_INT, "that this attempt put through a network; null where the stage does not say"),
         ),
         "importance": _schema(
             axis=(_TEXT, "hidden, heads, kv_heads, mlp, experts, expert_mlp or layers"),
@@ -98,6 +103,7 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
             cohort=(_INT, "cohort of the search, from 0: its trials were proposed together"),
             origin=(_TEXT, "search, or the baseline: random, largest_first, magnitude or scratch"),
             latency=(_REAL, "seconds of a forward pass of one sequence; null where not searched for"),
+            copied=(_BOOL, "whether this is an equal student's row, which was trained under another origin"),
         ),
         "sequence_losses": _schema(
             subject=(

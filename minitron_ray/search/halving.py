@@ -109,12 +109,12 @@ def cohort_size(
 
     `given`, at most all of them. Without: all of them where the sampler does not learn from results;
     else as few as halving down to `keep` at the last rung needs (at least four), so that it learns
-    often, spread evenly over the trials.
+    often, spread evenly over the trials. Where nothing is halved, `keep` decides nothing.
     """
     if given is not None:
         return min(given, trials)
     if not learns:
         return trials
-    needed = math.ceil((reduction or 2.0) ** (rungs - 1) * keep - 1e-9)
+    needed = math.ceil((reduction or 2.0) ** (rungs - 1) * (keep if reduction else 1) - 1e-9)
     cohorts = max(1, trials // max(_FEWEST, needed))
     return math.ceil(trials / cohorts)

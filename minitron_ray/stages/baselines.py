@@ -9,13 +9,13 @@ trained to the end is the same student: its rows are copied.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from minitron_ray.plan import Plan
 from minitron_ray.results.store import Store
-from minitron_ray.search.baselines import BASELINES, affordable, best_of, drawn, largest
+from minitron_ray.search.baselines import BASELINES, Baseline, affordable, best_of, drawn, largest
 from minitron_ray.search.space import CandidateRow
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.entrant import Bench, Entrant, Row, score_cut, train_entrant
@@ -23,6 +23,8 @@ from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.setting import Setting
 
 SEARCH: Final = "search"
+OF_THE_WINNER: Final[tuple[Baseline, ...]] = ("magnitude", "scratch")
+"""Origins that train the shape of the search's winner."""
 TWINS: Final = (SEARCH, "random", "largest_first")
 """Origins whose students begin as cuts by importance: of equal shape, they are the same student."""
 
@@ -36,15 +38,34 @@ def run(
         scores=read_scores(context),
         signal=Path(signal) if signal else None,
         store=context.run.store,
+        group=context.cluster.trial_group(),
     )
+    forget_other_winners(plan, bench, winner)
     entrants = list(_entrants(context, plan, bench, winner))
     missing, copies = _to_do(entrants, bench.store)
     if missing:
-        context.cluster.map(train_entrant, missing, bench, len(missing) * bench.tokens)
-        context.check_stop()
+        _spread(context, train_entrant, missing, bench, len(missing) * bench.tokens)
     for entrant in copies:
         _copy(bench, entrant)
     return _outcome(bench.store, entrants, winner)
+
+
+def forget_other_winners(plan: Plan, bench: Bench, winner: str) -> None:
+    """Drops what stood beside another winner, before a failed trial was tried again and won."""
+    shapes = {row.candidate.id: row for row in plan.feasible}
+    for origin in OF_THE_WINNER:
+        for before, name in endings(bench.store):
+            if before == origin and name != winner:
+                bench.clear(Entrant(origin=origin, shape=shapes[name]))
+
+
+def _spread(
+    context: Context, work: Callable[..., None], entrants: list[Entrant], bench: Bench, total: int
+) -> None:
+    """`work` on every entrant: a worker for each, or a group as a search trial has."""
+    spread = context.cluster.map if bench.group is None else context.cluster.map_groups
+    spread(work, entrants, bench, total)
+    context.check_stop()
 
 
 def endings(store: Store) -> dict[tuple[str, str], Row]:
@@ -87,8 +108,7 @@ def _best_of_the_largest(context: Context, plan: Plan, bench: Bench) -> Candidat
     known = _undistilled(bench.store)
     missing = [entrant for entrant in entrants if entrant.candidate_id not in known]
     if missing:
-        context.cluster.map(score_cut, missing, bench, len(missing))
-        context.check_stop()
+        _spread(context, score_cut, missing, bench, len(missing))
     losses = _undistilled(bench.store)
     best = best_of(shapes, losses)
     for entrant in entrants:

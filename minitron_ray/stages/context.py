@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from minitron_ray.experiment import Experiment
 from minitron_ray.results.cache import Cache
 from minitron_ray.results.run import Run
 from minitron_ray.stages.prepare import Prepared
-from minitron_ray.stages.reuse import outputs_exist, take_over
+from minitron_ray.stages.reuse import take_over, usable, withdraw
 
 
 @dataclass(kw_only=True)
@@ -32,6 +32,8 @@ class Context:
     stop: StopSignal
     current: str = ""
     """The stage in progress."""
+    tokens: int | None = None
+    """That it has put through a network in this attempt, where it says so."""
 
     def check_stop(self) -> None:
         """Raises Interrupted if the user asked to stop."""
@@ -44,27 +46,42 @@ class Context:
         work: Callable[[], tuple[dict[str, Any], str]],
         total: int | None = None,
         unit: str = "",
+        students: Collection[str] | None = None,
+        again: Callable[[], tuple[dict[str, Any], str]] | None = None,
     ) -> dict[str, Any]:
         """The stage's output: recorded by an earlier attempt, or made now by `work`.
 
         `work` returns the output (JSON values) and a one-line summary; it is recorded last, so a
-        killed stage is not done.
+        killed stage is not done. A record of other `students` than these does not count, nor does one
+        of which a trial failed: that is tried again. `again` makes output and summary from the rows
+        that another run has left, where they depend on more than the fingerprint.
         """
         self.check_stop()
         record = self.run.record(name, fingerprint)
-        if record is not None and outputs_exist(self.run.folder, record["output"]):
-            return self._reused(name, fingerprint, record, record["summary"])
-        if (record := take_over(self.run, name, fingerprint)) is not None:
-            self.run.finish_stage(name, fingerprint, record["output"], record["summary"], record["seconds"])
-            return self._reused(name, fingerprint, record, f"{record['summary']} (from another run)")
+        if record is not None and usable(self.run.store, record, students):
+            return self._reused(name, fingerprint, record)
+        if record is not None:
+            withdraw(self.run, record)
+        if (record := take_over(self.run, name, fingerprint, students)) is not None:
+            if again is not None:
+                record["output"], record["summary"] = again()
+            return self._taken_over(name, fingerprint, record)
         with self._recording(name, fingerprint, total, unit) as started:
             output, summary = work()
             seconds = time.monotonic() - started
-            self.run.finish_stage(name, fingerprint, output, summary, seconds)
+            self.run.finish_stage(name, fingerprint, output, summary, seconds, tokens=self.tokens)
         self.events.emit("stage_finished", stage=name, summary=summary, seconds=seconds)
         return output
 
-    def _reused(self, name: str, fingerprint: str, record: dict[str, Any], summary: str) -> dict[str, Any]:
+    def _taken_over(self, name: str, fingerprint: str, record: dict[str, Any]) -> dict[str, Any]:
+        output: dict[str, Any] = record["output"]
+        summary, seconds = record["summary"], record["seconds"]
+        self.run.finish_stage(name, fingerprint, output, summary, seconds, taken_over=True)
+        self.events.emit("stage_reused", stage=name, summary=f"{summary} (from another run)")
+        return output
+
+    def _reused(self, name: str, fingerprint: str, record: dict[str, Any]) -> dict[str, Any]:
+        summary = record["summary"]
         self.run.note_stage(name, fingerprint, "reused", summary, 0.0)
         self.events.emit("stage_reused", stage=name, summary=summary)
         output: dict[str, Any] = record["output"]
@@ -72,21 +89,24 @@ class Context:
 
     @contextmanager
     def _recording(self, name: str, fingerprint: str, total: int | None, unit: str) -> Iterator[float]:
-        self.current = name
+        self.current, self.tokens = name, None
+        self.run.begin_stage(name, fingerprint)
         self.events.emit("stage_started", stage=name, total=total, unit=unit)
         started = time.monotonic()
         try:
             yield started
         except (Interrupted, KeyboardInterrupt):
-            self.run.note_stage(
-                name, fingerprint, "interrupted", "stopped by request", time.monotonic() - started
-            )
+            self._ended(name, fingerprint, "interrupted", "stopped by request", started)
             raise
         except Exception as error:
             summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            self.run.note_stage(name, fingerprint, "failed", summary, time.monotonic() - started)
+            self._ended(name, fingerprint, "failed", summary, started)
             self.events.emit("stage_failed", stage=name, error=summary)
             raise
+
+    def _ended(self, name: str, fingerprint: str, status: str, summary: str, started: float) -> None:
+        seconds = time.monotonic() - started
+        self.run.note_stage(name, fingerprint, status, summary, seconds, tokens=self.tokens)
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """How far the current stage is."""

@@ -12,7 +12,6 @@ from torch.optim import AdamW
 
 from minitron_ray.distillation.checkpoints import Checkpoints, whole_weights
 from minitron_ray.distillation.loop import Recipe, Share, Step, make_optimizer, train
-from minitron_ray.distillation.sharding import shard
 from minitron_ray.distillation.teacher import OnlineTeacher
 from minitron_ray.execution.train_group import Worker
 from minitron_ray.experiment import Distill
@@ -70,10 +69,9 @@ class _Distillation:
         self._job, self._worker = job, worker
         torch.manual_seed(setting.experiment.seed)
         self._share: Share = setting.share(worker.rank, worker.world, worker.device)
-        self._student: Headless = setting.student(job.candidate, job.scores, worker.device)
-        layers = self._student.model.get_submodule(setting.family.decoder_layers)
-        assert isinstance(layers, torch.nn.ModuleList)
-        shard(self._student, layers, worker.world, worker.device)
+        self._student: Headless = setting.sharded_student(
+            job.candidate, job.scores, worker.world, worker.device
+        )
         self._optimizer: AdamW = make_optimizer(self._student, job.recipe)
         distill = job.distill
         self._teacher: OnlineTeacher | None = None

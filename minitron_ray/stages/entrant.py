@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,7 +12,10 @@ from typing import Any, Final
 import torch
 
 from minitron_ray.distillation.loop import Share, Step
+from minitron_ray.distillation.sharding import Sharding
 from minitron_ray.distillation.teacher import TeacherSignal
+from minitron_ray.execution.cluster import GroupSize
+from minitron_ray.execution.train_group import Worker, run_group_in_trial
 from minitron_ray.importance.controls import control_scores
 from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import tokens_seen
@@ -72,6 +76,8 @@ class Bench:
     signal: Path | None
     """Folder of the teacher's stored signal; None runs the teacher beside each student."""
     store: Store
+    group: GroupSize | None = None
+    """The processes that share a student, as those of a search trial do; None where one trains it."""
 
     @property
     def tokens(self) -> int:
@@ -80,17 +86,25 @@ class Bench:
         return tokens_seen(section.tokens, section.batch, self.setting.experiment.data.sequence_length)
 
     def student(self, entrant: Entrant, share: Share) -> Headless:
-        """As it begins: cut by importance, cut by the size of weights, or random."""
+        """As it begins: cut by importance, cut by the size of weights, or random. Of a group each rank
+        gets its shard."""
         setting, candidate = self.setting, entrant.shape.candidate
         seed = setting.experiment.seed
         if entrant.origin == "scratch":
             config = setting.student_config(candidate, self.scores)
-            return Headless(initialized(config, seed=seed, device=share.device))
+            if self.group is None:
+                return Headless(initialized(config, seed=seed, device=share.device))
+            student = Headless(initialized(config, seed=seed))
+            layers = student.model.get_submodule(setting.family.decoder_layers)
+            Sharding(share.world, share.device).whole(student, layers.children())
+            return student
         scores = self.scores
         if entrant.origin == "magnitude":
             scores = control_scores(
                 "magnitude", seed, setting.checkpoint, setting.family, setting.architecture
             )
+        if self.group is not None:
+            return setting.sharded_student(candidate, scores, share.world, share.device)
         return setting.student(candidate, scores, share.device)
 
     def teacher(self, share: Share) -> TeacherSignal:
@@ -110,6 +124,16 @@ class Bench:
         ]
         self.store.append("sequence_losses", rows, writer=entrant.writer, sequence=rung)
 
+    def last(self, entrant: Entrant) -> Row | None:
+        """The row of `trials` of its last rung; None where it has none."""
+        rows = [
+            row
+            for writer, _, fragment in self.store.fragments("trials", entrant.writer)
+            for row in fragment
+            if writer == entrant.writer
+        ]
+        return max(rows, key=lambda row: int(row["rung"]), default=None)
+
     def clear(self, entrant: Entrant) -> None:
         """Drops the rows of an attempt that did not come to its end."""
         for table in ("trials", "sequence_losses"):
@@ -126,53 +150,74 @@ class Bench:
             if losses := by_tokens.get(row["tokens"]):
                 self.write_losses(entrant, row["rung"], row["tokens"], losses)
             kept = {name: value for name, value in row.items() if name in _COLUMNS}
-            self.write(entrant, kept | {"origin": entrant.origin, "cohort": None})
+            self.write(entrant, kept | {"origin": entrant.origin, "cohort": None, "copied": True})
 
 
 def score_cut(entrant: Entrant, bench: Bench, total: int, report: Callable[..., None]) -> None:
     """In a worker: the loss of an undistilled cut, as the only row of its trial so far."""
-    setting = bench.setting
-    share = setting.share()
-    cut = setting.student(entrant.shape.candidate, bench.scores, share.device, trainable=False)
-    loss = setting.measure(cut, share).loss
+    if bench.group is None:
+        loss = _scored(entrant, bench, bench.setting.share())
+    else:
+        loss = run_group_in_trial(bench.group, score_in_group, (entrant, bench), report)
     bench.write(entrant, entrant.trial_row(0, "running", val_loss=loss))
     report("stage_progress", stage="baselines", done=1, total=total, unit="cuts")
+
+
+def score_in_group(job: tuple[Entrant, Bench], worker: Worker) -> float:
+    """On every rank: the same, of the loss alone."""
+    entrant, bench = job
+    return _scored(entrant, bench, bench.setting.share(worker.rank, worker.world, worker.device))
+
+
+def _scored(entrant: Entrant, bench: Bench, share: Share) -> float:
+    return bench.setting.measure(bench.student(entrant, share), share).loss
 
 
 def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Callable[..., None]) -> None:
     """In a worker: train one student and write its rows. One that cannot be trained ends as failed."""
     bench.clear(entrant)
-    name, results = entrant.subject, list[RungResult]()
+    name = entrant.subject
     report("trial_started", candidate_id=name, shape=entrant.text, parameters=entrant.shape.parameters)
     reason = None
     try:
-        _train(entrant, bench, total, report, results)
+        if bench.group is None:
+            _train(entrant, bench, total, bench.setting.share(), report)
+        else:
+            run_group_in_trial(bench.group, train_in_group, (entrant, bench, total), report)
     except Exception as error:  # the other students, and the run, go on without it
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        rung, last = (len(results) - 1, results[-1]) if results else (0, None)
-        bench.write(entrant, entrant.trial_row(rung, "failed", last, reason=reason))
+        last = bench.last(entrant) or entrant.trial_row(0, "failed")
+        bench.write(entrant, last | {"status": "failed", "final": True, "reason": reason})
+    row = bench.last(entrant)
+    assert row is not None
     report(
         "trial_finished",
         candidate_id=name,
-        status="completed" if reason is None else "failed",
-        val_loss=results[-1].val_loss if results else None,
-        tokens=results[-1].tokens if results else 0,
+        status=row["status"],
+        val_loss=row["val_loss"],
+        tokens=row["tokens"],
         reason=reason,
         shape=entrant.text,
     )
 
 
-def _train(
-    entrant: Entrant, bench: Bench, total: int, report: Callable[..., None], results: list[RungResult]
-) -> None:
-    """Adds to `results` at every rung."""
+def train_in_group(job: tuple[Entrant, Bench, int], worker: Worker) -> None:
+    """On every rank: train the student that they share. Rank 0 writes the rows."""
+    entrant, bench, total = job
+    share = bench.setting.share(worker.rank, worker.world, worker.device)
+    _train(entrant, bench, total, share, worker.report)
+
+
+def _train(entrant: Entrant, bench: Bench, total: int, share: Share, report: Callable[..., None]) -> None:
+    """Writes a row at every rung."""
     setting = bench.setting
     torch.manual_seed(setting.experiment.seed)
-    share, first = setting.share(), setting.splits.validation.start
+    first, rungs = setting.splits.validation.start, itertools.count()
 
     def on_rung(result: RungResult) -> None:
-        rung = len(results)
-        results.append(result)
+        rung = next(rungs)
+        if share.rank > 0:
+            return
         bench.write_losses(entrant, rung, result.tokens, dict(enumerate(result.losses, first)))
         bench.write(entrant, entrant.trial_row(rung, "completed" if result.final else "running", result))
         report(

@@ -1,4 +1,5 @@
-"""Proof that the teacher is the same function under another model type (`export.as`)."""
+"""Proof that the teacher, and the model that is cut, are the same functions under another model type
+(`export.as`)."""
 
 from __future__ import annotations
 
@@ -14,26 +15,30 @@ from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.model import build
 
 SEQUENCES = 2
-"""Validation sequences that both are compared on."""
+"""Validation sequences that a model is compared on with itself."""
 
 
 def prove_same_function(setting: Setting, report: Callable[..., None]) -> None:
-    """In a worker. Raises ConfigError where one logit of the two models differs in one bit."""
+    """In a worker. Raises ConfigError where one logit differs in one bit between a model and the same model
+    as the other type."""
+    _prove("the teacher", Checkpoint(setting.teacher_folder), setting.teacher_checkpoint, setting)
+    if setting.start_folder is not None:
+        _prove("the model to cut", Checkpoint(setting.start_folder), setting.checkpoint, setting)
+
+
+def _prove(whose: str, written: Checkpoint, taken: Checkpoint, setting: Setting) -> None:
+    types = [str(checkpoint.config["model_type"]) for checkpoint in (taken, written)]
+    if types[0] == types[1]:
+        return
     share = setting.share()
     ids = setting.tokens().sequences(np.asarray(setting.splits.validation[:SEQUENCES]))
-    own = _logits(Checkpoint(setting.teacher_folder), ids, share)
-    other = _logits(setting.teacher_checkpoint, ids, share)
-    difference = float((own.float() - other.float()).abs().max())
+    own, other = _logits(written, ids, share), _logits(taken, ids, share)
     if not torch.equal(own, other):
+        difference = float((own.float() - other.float()).abs().max())
         raise ConfigError(
-            f"export.as: the teacher as {setting.family.model_type} gives other logits than as "
-            f"{family_name(setting)} (largest difference {difference:g}); leave export.as out"
+            f"export.as: {whose} as {types[0]} gives other logits than as {types[1]} (largest difference "
+            f"{difference:g}); leave export.as out"
         )
-
-
-def family_name(setting: Setting) -> str:
-    """The model type that the teacher's own config names."""
-    return str(Checkpoint(setting.teacher_folder).config["model_type"])
 
 
 @torch.no_grad()

@@ -28,12 +28,11 @@ from minitron_ray.importance.metric import (
 )
 from minitron_ray.importance.removal import Removed, removal_values, score_layers
 from minitron_ray.importance.units import UnitScores
+from minitron_ray.plan.memory import WEIGHTS_SHARE
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.device import free_memory
 from minitron_ray.weights.layerwise import Layerwise, StreamedLayerwise
 
-WEIGHTS_SHARE: Final = 0.6
-"""Of the free memory: what the weights may take before the teacher is streamed."""
 STREAMS_SHARE: Final = 0.25
 """Of the free memory: what a streamed teacher's hidden states may take before they go to a file."""
 

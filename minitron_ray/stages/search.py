@@ -12,10 +12,10 @@ import numpy as np
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.execution.tune_search import SearchRequest, run_search
 from minitron_ray.plan import Plan
+from minitron_ray.plan.tokens import halving_rule, trials_a_cohort
 from minitron_ray.results.store import Store
 from minitron_ray.search.choice import intervals
-from minitron_ray.search.cohorts import Cohorts, Known
-from minitron_ray.search.halving import Halving, cohort_size
+from minitron_ray.search.cohorts import FINISHED, Cohorts, Known
 from minitron_ray.search.proposals import ShapeProposals
 from minitron_ray.search.propose import Told, propose, sampler_for
 from minitron_ray.search.sampler import SearchSampler
@@ -24,8 +24,9 @@ from minitron_ray.stages.choice import choose
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.objectives import Cost
+from minitron_ray.stages.reuse import reopen
 from minitron_ray.stages.setting import Setting
-from minitron_ray.stages.trial import Objective, rung_tokens
+from minitron_ray.stages.trial import Objective
 from minitron_ray.stages.trial_record import Record
 from minitron_ray.stages.zero_shot import read_zero_shot
 
@@ -55,7 +56,7 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
         group=group,
     )
     proposer = _Proposer(context, plan, sampler)
-    cohorts = _cohorts(plan, setting, store, proposer, cost)
+    cohorts = _cohorts(plan, store, proposer, cost)
     record = Record(context, plan, cohorts, checkpoints, keep_stopped=search.keep == "ties")
     run_search(
         context.cluster, SearchRequest(objective=objective, cohorts=cohorts, cost=cost, group=group), record
@@ -66,43 +67,51 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
     return choose(plan, store, cost)
 
 
-def _cohorts(plan: Plan, setting: Setting, store: Store, proposer: _Proposer, cost: Cost) -> Cohorts:
-    search, rungs = plan.experiment.searched, rung_tokens(setting)
-    halving = search.halving
-    reduction = halving.reduction if halving else None
-    size = cohort_size(
-        plan.trials,
-        len(rungs),
-        reduction,
-        search.fewest_kept,
-        learns=proposer.sampler.learns,
-        given=halving.cohort if halving else None,
-    )
-    return Cohorts(
-        trials=plan.trials,
-        size=size,
-        rule=Halving(rungs=rungs, reduction=reduction, keep=search.fewest_kept),
-        propose=proposer,
-        ties=Ties(store, plan.experiment.seed) if search.keep == "ties" else None,
-        costed=cost.name is not None,
-        known=known_trials(store, cost),
-    )
+def _cohorts(plan: Plan, store: Store, proposer: _Proposer, cost: Cost) -> Cohorts:
+    search = plan.experiment.searched
+
+    def begin(known: Mapping[str, Known]) -> Cohorts:
+        return Cohorts(
+            trials=plan.trials,
+            size=trials_a_cohort(plan.experiment, plan.trials, len(plan.feasible)),
+            rule=halving_rule(plan.experiment),
+            propose=proposer,
+            ties=Ties(store, plan.experiment.seed) if search.keep == "ties" else None,
+            costed=cost.name is not None,
+            known=known,
+        )
+
+    return taken_up(store, cost, begin)
+
+
+def taken_up(
+    store: Store,
+    cost: Callable[[str, Mapping[str, Any]], float | None],
+    begin: Callable[[Mapping[str, Known]], Cohorts],
+) -> Cohorts:
+    """The cohorts as earlier attempts left them; `begin` makes them from what is known of each trial.
+
+    Failed trials stay failed, as they do without an interruption. Only where all have ended and none was
+    completed are they tried again: then what made them fail may have gone.
+    """
+    cohorts = begin(known_trials(store, cost))
+    states = {fate.state for fate in cohorts.fates.values()}
+    if "failed" in states and "completed" not in states and cohorts.next(()) is FINISHED:
+        reopen(store)
+        return begin(known_trials(store, cost))
+    return cohorts
 
 
 def known_trials(store: Store, cost: Callable[[str, Mapping[str, Any]], float | None]) -> dict[str, Known]:
-    """What earlier attempts of this search left in the table `trials`.
-
-    Failed trials stay failed, unless none was completed: then what made them fail may have gone.
-    """
+    """What earlier attempts of this search left in the table `trials`."""
     rows = [row for row in store.read("trials").to_pylist() if row["origin"] in (None, "search")]
-    completed = any(row["status"] == "completed" for row in rows)
     known: dict[str, Known] = {}
     for row in rows:
         trial = known.setdefault(row["candidate_id"], Known(cohort=row["cohort"]))
         if row["val_loss"] is not None:
             trial.losses[row["tokens"]] = row["val_loss"]
             trial.cost = cost(row["candidate_id"], row)
-        trial.failed |= completed and row["status"] == "failed"
+        trial.failed |= row["status"] == "failed"
     return known
 
 

@@ -16,6 +16,7 @@ from minitron_ray.data.tokens import TokenStore
 from minitron_ray.distillation.loop import Data, Recipe, Share
 from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.schedule import Schedule
+from minitron_ray.distillation.sharding import Sharding
 from minitron_ray.distillation.teacher import OnlineTeacher, StoredTeacher, TeacherSignal
 from minitron_ray.evaluation.measure import Measurement, measure
 from minitron_ray.experiment import Experiment, Optimization
@@ -106,6 +107,26 @@ class Setting:
         """The undistilled student cut from the memory-mapped checkpoint, float32."""
         config, tensors = self.cut(candidate, scores, torch.float32)
         return Headless(build(config, tensors, dtype=torch.float32, device=device, trainable=trainable))
+
+    def sharded_student(
+        self, candidate: Candidate, scores: Scores, world: int, device: torch.device
+    ) -> Headless:
+        """The same for training, spread over the devices of `world` ranks, which must all call: each
+        layer as soon as it is cut, so that no device ever holds the whole student."""
+        config, tensors = self.cut(candidate, scores, torch.float32)
+        sharding = Sharding(world, device)
+        student = Headless(
+            build(
+                config,
+                tensors,
+                dtype=torch.float32,
+                device=device,
+                trainable=True,
+                each_layer=sharding.layer,
+            )
+        )
+        sharding.rest(student)
+        return student
 
     def cut(
         self, candidate: Candidate, scores: Scores, dtype: torch.dtype

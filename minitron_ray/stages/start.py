@@ -14,6 +14,7 @@ from minitron_ray.experiment import Experiment, Start
 from minitron_ray.plan import Plan, StartConfig, largest_student
 from minitron_ray.results.cache import Cache
 from minitron_ray.results.runs import RunInfo, find_runs
+from minitron_ray.stages.reuse import STUDENT_OF, run_of
 from minitron_ray.weights.fetch import CONFIG, given_config, read_config_only, resolve_teacher
 
 NO_RUNS: Final[Mapping[str, str]] = MappingProxyType({})
@@ -28,11 +29,24 @@ class Student:
     """Where it comes from: `experiment/run id, candidate`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Earlier:
+    """An experiment that another one of the same command may start from."""
+
+    plan: Plan
+    base: Path
+    """Its file's folder."""
+
+
+NONE_EARLIER: Final[Mapping[str, Earlier]] = MappingProxyType({})
+
+
 def find_student(results: Path, experiment: str, run_id: str | None = None) -> Student:
     """The best student that a run of `experiment` exported: of the run of that id, or of the newest
-    finished one. The best is that of the lowest validation loss, distilled where any is.
+    that did. The best is that of the lowest validation loss, distilled where any is.
 
-    Raises ConfigError where there is no such run, or none that has finished.
+    A run that is driven again keeps what it has exported, however that ends. Raises ConfigError where
+    there is no such run, or none that has exported.
     """
     runs = [info for info in find_runs(results) if info.experiment == experiment]
     if not runs:
@@ -41,10 +55,10 @@ def find_student(results: Path, experiment: str, run_id: str | None = None) -> S
             "in the same command"
         )
     wanted = [info for info in runs if run_id in (None, info.run_id)]
-    finished = [info for info in wanted if info.status == "succeeded" and "export" in info.stages_done]
-    if not finished:
+    exported = [info for info in wanted if "export" in info.stages_done]
+    if not exported:
         raise ConfigError(f"start.experiment: {_without_student(runs[-1] if not wanted else wanted[-1])}")
-    return _best(finished[-1])
+    return _best(exported[-1])
 
 
 def start_folder(start: Start, base: Path, cache: Cache, runs: Mapping[str, str]) -> Student:
@@ -61,11 +75,12 @@ def start_folder(start: Start, base: Path, cache: Cache, runs: Mapping[str, str]
 
 
 def known_start(
-    experiment: Experiment, base: Path, cache: Cache, earlier: Mapping[str, Plan] = MappingProxyType({})
+    experiment: Experiment, base: Path, cache: Cache, earlier: Mapping[str, Earlier] = NONE_EARLIER
 ) -> StartConfig | None:
     """What is known of the model that is cut without a download: the finished student; else the config
-    that is given; else, of an experiment in `earlier` (plans by name), its largest shape. None where the
-    experiment has no `start`, or nothing is known."""
+    that is given; else, of an experiment in `earlier` (by name), its largest shape. Of an experiment in
+    `earlier` only a run of that very plan counts. None where the experiment has no `start`, or nothing
+    is known."""
     start = experiment.start
     if start is None:
         return None
@@ -76,15 +91,20 @@ def known_start(
             raise ConfigError(_of_start(error.message)) from None
         return None if config is None else StartConfig(config=config, source=start.path)
     assert start.experiment is not None
+    results, run_id = cache.folder.parent, None
+    if (before := earlier.get(start.experiment)) is not None:
+        run_id = run_of(results, before.plan, before.base)
+        if run_id is None:
+            return _expected(start, base, earlier)
     try:
-        student = find_student(cache.folder.parent, start.experiment)
+        student = find_student(results, start.experiment, run_id)
     except ConfigError:
         return _expected(start, base, earlier)
     config = json.loads((student.folder / CONFIG).read_bytes())
-    return StartConfig(config=config, source=f"student of {student.source}")
+    return StartConfig(config=config, source=f"{STUDENT_OF}{student.source}")
 
 
-def _expected(start: Start, base: Path, earlier: Mapping[str, Plan]) -> StartConfig | None:
+def _expected(start: Start, base: Path, earlier: Mapping[str, Earlier]) -> StartConfig | None:
     name = start.experiment
     assert name is not None
     if start.config is not None:
@@ -96,7 +116,7 @@ def _expected(start: Start, base: Path, earlier: Mapping[str, Plan]) -> StartCon
         return StartConfig(config=config, source=f"start.config, since {name} has no student yet")
     if name in earlier:
         largest = f"the largest shape of {name}, which has no student yet"
-        return StartConfig(config=largest_student(earlier[name]), source=largest)
+        return StartConfig(config=largest_student(earlier[name].plan), source=largest)
     return None
 
 

@@ -15,6 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from minitron_ray.core.errors import ConfigError
 from minitron_ray.core.fingerprint import digest
 from minitron_ray.core.units import format_bytes
 from minitron_ray.data.batches import batch_indices
@@ -22,7 +25,7 @@ from minitron_ray.distillation.blocks import block_bytes, cover
 from minitron_ray.distillation.signal import StoredSignal
 from minitron_ray.distillation.teacher import EXACT, SignalBlock, compute_block, write_signal
 from minitron_ray.plan import Inputs, steps
-from minitron_ray.plan.signal import choose_signal
+from minitron_ray.plan.signal import choose_signal, signal_tokens
 from minitron_ray.results.cache import DONE, Cache
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.same_function import prove_same_function
@@ -42,13 +45,15 @@ class Library:
     setting: Setting
     inputs: Inputs
     cache: Cache
+    dtype: torch.dtype
+    """In which the workers compute."""
 
     def blocks(self, signal: StoredSignal) -> list[SignalBlock]:
         """The blocks that the experiment needs, whether they exist or not: what students are measured
-        on exactly, what trials are trained on as `signal` keeps it."""
+        on exactly, what trials are trained on as `signal` keeps it, if their loss takes anything of it."""
         validation = list(self.setting.splits.validation)
         found = list(self._cover(EXACT, validation, len(validation)))
-        if self.setting.experiment.search is not None:
+        if signal_tokens(self.setting.experiment):
             found += self._cover(signal, *self._training())
         return found
 
@@ -62,7 +67,7 @@ class Library:
                 "version": SIGNAL_VERSION,
                 "teacher": self.inputs.teacher,
                 "data": self.inputs.data,
-                "precision": self.setting.experiment.precision,
+                "precision": str(self.dtype).removeprefix("torch."),
                 "signal": signal.identity,
                 "seed": self.setting.experiment.seed if signal.seeded else None,
                 "sequences": list(sequences),
@@ -106,11 +111,14 @@ def run(context: Context, setting: Setting, inputs: Inputs) -> tuple[dict[str, A
     if not isinstance(signal, StoredSignal):
         return {"folder": None}, "online in each trial"
     cache = Cache(context.cache.folder.parent.resolve())  # workers start in other folders
-    library = Library(setting=setting, inputs=inputs, cache=cache)
+    library = Library(setting=setting, inputs=inputs, cache=cache, dtype=_dtype(context, setting))
     blocks = library.blocks(signal)
     missing = library.missing(blocks)
-    if missing:
-        context.cluster.map(compute, dealt(missing, context.cluster.workers()), library)
+    try:
+        if missing:
+            context.cluster.map(compute, dealt(missing, context.cluster.workers()), library)
+    finally:
+        context.tokens = _tokens(missing, setting) - _tokens(library.missing(missing), setting)
     listed = digest([block.folder.name for block in blocks])
     describe = {"what": f"list of the blocks of {signal.label}", "blocks": len(blocks)}
     folder = cache.ensure(LISTS, listed, describe, lambda folder: write_signal(folder, blocks))
@@ -127,9 +135,32 @@ def dealt(blocks: Sequence[SignalBlock], workers: int) -> list[list[SignalBlock]
     return hands
 
 
+def _dtype(context: Context, setting: Setting) -> torch.dtype:
+    """That of the computation. `auto` is for the workers' devices to say, which this process may not have."""
+    if setting.experiment.precision != "auto":
+        return setting.share().dtype
+    [found] = context.cluster.map(worker_dtype, [setting])
+    dtype: torch.dtype = found
+    return dtype
+
+
+def worker_dtype(setting: Setting, report: Callable[..., None]) -> torch.dtype:
+    """In a worker: the type in which it computes."""
+    return setting.share().dtype
+
+
 def compute(blocks: Sequence[SignalBlock], library: Library, report: Callable[..., None]) -> None:
-    """In a worker: write its blocks. Those that it had finished before it was lost are not done again."""
+    """In a worker: write its blocks. Those that it had finished before it was lost are not done again.
+
+    Raises ConfigError where this worker would compute in another type than the one that was asked.
+    """
     setting = library.setting
+    if (own := setting.share().dtype) != library.dtype:
+        names = [str(dtype).removeprefix("torch.") for dtype in (library.dtype, own)]
+        raise ConfigError(
+            f"precision: auto is {names[0]} on one worker and {names[1]} on another, and the teacher's signal "
+            "would hold both; set precision to one of them"
+        )
     teacher, total, before = setting.teacher(setting.share()), _sequences(blocks), 0
 
     def progress(before: int, done: int) -> None:
@@ -158,6 +189,10 @@ def _write(
 
 def _sequences(blocks: Sequence[SignalBlock]) -> int:
     return sum(len(block.sequences) for block in blocks)
+
+
+def _tokens(blocks: Sequence[SignalBlock], setting: Setting) -> int:
+    return _sequences(blocks) * setting.experiment.data.sequence_length
 
 
 def _summary(

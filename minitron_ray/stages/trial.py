@@ -20,7 +20,7 @@ from minitron_ray.distillation.loop import Recipe, Share, Step, make_optimizer, 
 from minitron_ray.distillation.teacher import TeacherSignal
 from minitron_ray.execution.cluster import GroupSize
 from minitron_ray.importance.scores import Scores
-from minitron_ray.plan import steps
+from minitron_ray.plan.tokens import rung_tokens as planned_rungs
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.setting import Setting
 from minitron_ray.stages.trial_state import FileState, TrialState
@@ -75,19 +75,13 @@ def retrain(
 
 def rung_steps(setting: Setting) -> tuple[int, ...]:
     """Optimizer steps after which a trial reports: at tokens, tokens/reduction, tokens/reduction^2, ..."""
-    search, length = setting.experiment.searched, setting.experiment.data.sequence_length
-    retrain = search.retrain
-    reduction = search.halving.reduction if search.halving else 2.0
-    found = {
-        steps(math.ceil(retrain.tokens / reduction**k), retrain.batch, length) for k in range(retrain.rungs)
-    }
-    return tuple(sorted(found))
+    step = setting.experiment.searched.retrain.batch * setting.experiment.data.sequence_length
+    return tuple(tokens // step for tokens in rung_tokens(setting))
 
 
 def rung_tokens(setting: Setting) -> tuple[int, ...]:
     """The same in tokens: what the rungs' results are keyed by."""
-    batch = setting.experiment.searched.retrain.batch * setting.experiment.data.sequence_length
-    return tuple(step * batch for step in rung_steps(setting))
+    return planned_rungs(setting.experiment)
 
 
 class _Retraining:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from minitron_ray.distillation.loop import Step
-from minitron_ray.distillation.sharding import shard
 from minitron_ray.execution.train_group import Worker
 from minitron_ray.importance.scores import Scores
 from minitron_ray.search.space import Candidate
@@ -39,10 +38,7 @@ def to_next_rung(trial: GroupTrial, worker: Worker) -> list[RungResult]:
     setting = trial.setting
     torch.manual_seed(setting.experiment.seed)
     share = setting.share(worker.rank, worker.world, worker.device)
-    student = setting.student(trial.candidate, trial.scores, worker.device)
-    layers = student.model.get_submodule(setting.family.decoder_layers)
-    assert isinstance(layers, torch.nn.ModuleList)
-    shard(student, layers, worker.world, worker.device)
+    student = setting.sharded_student(trial.candidate, trial.scores, worker.world, worker.device)
     teacher = setting.stored_teacher(trial.signal, share) if trial.signal else setting.online_teacher(share)
 
     def on_step(step: Step) -> None:

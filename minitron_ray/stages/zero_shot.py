@@ -1,7 +1,9 @@
 """Stage `zero_shot`: what undistilled cuts of the feasible shapes lose, for the sampler to start from.
 
 A pass over a few sequences costs a small part of a trial. Distillation changes the ranks, so this
-seeds the search and decides nothing.
+seeds the search and decides nothing. Each cut is written as it is scored: after a kill only those that
+are not there yet are. A cut runs forward alone, in the precision of the computation, so it takes less
+than the teacher, which one device holds whole: it needs no group of processes where its training does.
 """
 
 from __future__ import annotations
@@ -31,16 +33,25 @@ def run(context: Context, plan: Plan, setting: Setting) -> tuple[dict[str, Any],
     assert section is not None
     candidates = [row.candidate for row in evenly(plan.feasible, section.shapes)]
     sequences = min(section.sequences, len(setting.splits.validation))
-    parts = shares(candidates, context.cluster.workers())
-    found = context.cluster.map(measure, parts, setting, read_scores(context), sequences, len(candidates))
-    names = [candidate.id for candidate in candidates]
-    losses = dict(zip(names, (loss for part in found for loss in part), strict=True))
-    rows = [{"candidate_id": name, "val_loss": loss, "sequences": sequences} for name, loss in losses.items()]
-    context.run.store.append("zero_shot", rows, writer="zero_shot", sequence=0)
+    store = context.run.store
+    known = scored(store, sequences)
+    missing = [candidate for candidate in candidates if candidate.id not in known]
+    if missing:
+        parts = shares(missing, context.cluster.workers())
+        context.cluster.map(score, parts, setting, read_scores(context), store, sequences, len(missing))
+        context.check_stop()
+        known = scored(store, sequences)
+    losses = {candidate.id: known[candidate.id] for candidate in candidates}
     best, worst = extremes(losses)
     shape = plan.candidate(best).shape_text()
     told = f"losses {losses[best]:.3f} to {losses[worst]:.3f}, best {best} ({shape})"
     return {"cuts": len(losses)}, f"{len(losses)} cuts on {sequences} sequences, {told}"
+
+
+def scored(store: Store, sequences: int) -> dict[str, float | None]:
+    """By candidate what cuts lose on so many sequences, None where that is not finite."""
+    rows = store.read("zero_shot").to_pylist()
+    return {row["candidate_id"]: row["val_loss"] for row in rows if row["sequences"] == sequences}
 
 
 def extremes(losses: Mapping[str, float | None]) -> tuple[str, str]:
@@ -66,20 +77,25 @@ def evenly(items: Sequence[Item], most: int) -> list[Item]:
     return [items[len(items) * number // count] for number in range(count)]
 
 
-def measure(
+def score(
     candidates: list[Candidate],
     setting: Setting,
     scores: Scores,
+    store: Store,
     sequences: int,
     total: int,
     report: Callable[..., None],
-) -> list[float | None]:
-    """In a worker: the loss of each candidate's cut, None where it is not finite."""
-    share, losses = setting.share(), []
+) -> None:
+    """In a worker: writes the loss of each candidate's cut, null where it is not finite."""
+    share = setting.share()
     for done, candidate in enumerate(candidates, start=1):
         config, tensors = setting.cut(candidate, scores, share.dtype)
         cut = Headless(build(config, tensors, dtype=share.dtype, device=share.device, trainable=False))
         loss = setting.measure(cut, share, first=sequences).loss
-        losses.append(loss if math.isfinite(loss) else None)
+        row = {
+            "candidate_id": candidate.id,
+            "val_loss": loss if math.isfinite(loss) else None,
+            "sequences": sequences,
+        }
+        store.append("zero_shot", [row], writer=f"zero_shot-{candidate.id}", sequence=0)
         report("stage_progress", stage="zero_shot", done=done, total=total, unit="cuts")
-    return losses

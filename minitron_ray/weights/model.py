@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from minitron_ray.weights.checkpoint import Checkpoint, torch_dtype
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -24,6 +26,7 @@ def build(
     dtype: torch.dtype | str = "float32",
     device: torch.device | str = "cpu",
     trainable: bool = False,
+    each_layer: Callable[[nn.Module], None] = lambda layer: None,
 ) -> PreTrainedModel:
     """The network that `config` describes, with `tensors` as its weights.
 
@@ -31,6 +34,9 @@ def build(
     stay memory-mapped, those of a mapping are shared with it. Training writes to them; a checkpoint's
     file never changes. A trainable model is in training mode, any other in evaluation mode without
     gradients. The key-value cache is off. Code comes from transformers alone, and no network is used.
+
+    `each_layer` is called with every decoder layer once its weights are there, before those of the next
+    are read: it may spread them over several devices, none of which then holds all layers.
 
     Raises ConfigError for a config or checkpoint that is not the family's, RuntimeError where the
     built model's parameter count is not the planned one.
@@ -46,13 +52,26 @@ def build(
     )
     kind, place = torch_dtype(dtype), torch.device(device)
     model = _skeleton(family.canonical(config), kind)
-    weights = stacked(
-        ((row, take(row.name).to(device=place, dtype=kind)) for row in family.rows(arch)), family, arch
-    )
-    _assign(model, weights, f"{family.lm_head}.weight" if arch.tied else None)
-    model.to(place)  # buffers
+    model.requires_grad_(trainable)  # weights that are assigned take it over
+    _move_buffers(model, place)
+
+    by_layer: dict[int | None, list[Row]] = defaultdict(list)
+    for row in family.rows(arch):
+        by_layer[row.layer].append(row)
+
+    def weights(layer: int | None) -> dict[str, torch.Tensor]:
+        rows = ((row, take(row.name).to(device=place, dtype=kind)) for row in by_layer[layer])
+        return stacked(rows, family, arch)
+
+    later = (f"{family.decoder_layers}.", *([f"{family.lm_head}.weight"] if arch.tied else []))
+    _assign(model, weights(None), but=later)  # in no variable: of what is spread out nothing whole may stay
+    if arch.tied:
+        model.tie_weights()
+    for number in range(arch.layers):
+        path = f"{family.decoder_layers}.{number}"
+        _assign(model, weights(number), f"{path}.")
+        each_layer(model.get_submodule(path))
     _check_count(model, family.parameters(arch))
-    model.requires_grad_(trainable)
     return model.train(trainable)
 
 
@@ -152,10 +171,22 @@ def unstacked(
                 yield part.format(layer=match[1], expert=expert), value
 
 
-def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor], tied_head: str | None) -> None:
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    if tied_head is not None:
-        model.tie_weights()
-        missing = [name for name in missing if name != tied_head]
+def _assign(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], under: str = "", but: tuple[str, ...] = ()
+) -> None:
+    """Makes `weights` the parameters of the module whose names begin with `under`. Raises RuntimeError
+    unless they are all of them, those whose names begin with one of `but` aside."""
+    own = {name.removeprefix(under): tensor for name, tensor in weights.items()}
+    module = model.get_submodule(under.removesuffix("."))
+    found = module.load_state_dict(own, strict=False, assign=True)
+    missing = [under + name for name in found.missing_keys if not name.startswith(but)]
+    unexpected = [under + name for name in found.unexpected_keys]
     if missing or unexpected:
         raise RuntimeError(f"the table and the model disagree: missing {missing}, unexpected {unexpected}")
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Those alone: `to` would fail on parameters without weights."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

@@ -101,6 +101,14 @@ def test_the_best_student_of_the_newest_finished_run(tmp_path: Path) -> None:
     assert find_student(tmp_path, "a", older.run_id).folder == older.folder / "exports" / "x"
 
 
+def test_a_run_that_is_driven_again_keeps_its_student(tmp_path: Path) -> None:
+    run = opened(tmp_path, "a", "1")
+    exported(run, {"x": 1.0})
+    for status in ("interrupted", "failed"):
+        run.set_status(status)
+        assert find_student(tmp_path, "a").folder == run.folder / "exports" / "x"
+
+
 def test_a_start_without_a_student_is_said_before_anything_runs(tmp_path: Path) -> None:
     results, second = tmp_path / "results", experiment(tmp_path, "b", "a")
     check_starts([second, experiment(tmp_path, "a")], results)  # in the same command

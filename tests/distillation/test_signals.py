@@ -340,6 +340,19 @@ def test_losses_are_not_measured_with_an_inexact_signal(teacher: Headless, tmp_p
         source.hidden(NUMBERS, IDS)
 
 
+def test_states_of_two_types_are_never_mixed(teacher: Headless, tmp_path: Path) -> None:
+    """The second block holds bits of bfloat16: beside float32 they would be read as numbers up to 32,767."""
+    stored(teacher, FinalHidden(), tmp_path)
+    rounded = SignalBlock(folder=tmp_path / "b", signal=FinalHidden(), sequences=range(11, 20))
+    compute_block(rounded, rounded.folder, teacher, TOKENS.__getitem__, dtype=torch.bfloat16, batch=4, seed=0)
+    source = StoredTeacher(tmp_path, teacher.head.detach())
+    exact = OnlineTeacher(teacher).hidden([4, 7], IDS[[0, 2]])
+    torch.testing.assert_close(source.hidden([4, 7], IDS[[0, 2]]), exact)
+    assert source.hidden([11], IDS[[1]]).dtype == torch.bfloat16
+    with pytest.raises(MinitronError, match=r"several types \(float32, int16\).*set `precision: float32`"):
+        source.targets(NUMBERS, IDS)
+
+
 def test_a_block_that_was_removed_is_named(teacher: Headless, tmp_path: Path) -> None:
     source = stored(teacher, FinalHidden(), tmp_path)
     (tmp_path / "b" / "hidden.bin").unlink()

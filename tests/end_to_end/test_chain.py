@@ -50,8 +50,13 @@ def test_a_chain_that_is_interrupted_goes_on_to_its_second_student(pair: Desk) -
     found = infos(pair)
     assert found["tiny"].status == "succeeded" and found["tinier"].status == "interrupted"
     first_export = (found["tiny"].folder / "stages" / "export.json").read_bytes()
-    out, err = pair.call("run", *FILES)
+    out, err = pair.call("run", *FILES, "--json")
     assert "Traceback" not in err
+    assert [ranking["experiment"] for ranking in json.loads(out)] == ["tiny", "tinier"]
+    out, _ = pair.call("plan", *FILES)
+    assert f"student of tiny/{found['tiny'].run_id}" in out and "the largest shape" not in out
+    out, _ = pair.call("plan", *FILES, "--set", "seed=1")
+    assert "student of tiny/" not in out and "the largest shape of tiny, which has no student yet" in out
     assert (found["tiny"].folder / "stages" / "export.json").read_bytes() == first_export
 
     first, second = (infos(pair)[name] for name in ("tiny", "tinier"))

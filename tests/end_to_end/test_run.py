@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from minitron_ray.report.plan_actual import plan_against_actual
+from minitron_ray.results.runs import read_info
 from minitron_ray.results.store import Store
 from tests.end_to_end.desk import Desk
 
@@ -143,6 +145,12 @@ def test_another_distillation_takes_the_search_over(whole: Desk) -> None:
         rows, copies = one.read(table).to_pylist(), other.read(table).to_pylist()
         assert {row.pop("run_id") for row in copies} == {other.run_id}
         assert [row | {"run_id": ""} for row in copies] == [row | {"run_id": ""} for row in rows]
+    mine, taken = (plan_against_actual(read_info(store.folder)) for store in (one, other))
+    first, second = ({row.stage: row for row in rows} for rows in (mine, taken))
+    assert first["teacher"].tokens == 8 * 32 + 2048 and first["teacher"].reached
+    assert (second["teacher"].status, second["teacher"].tokens) == ("finished", 0)
+    assert (second["search"].status, second["search"].tokens) == ("taken_over", None)
+    assert first["search"].reached and second["search"].reached is None and second["teacher"].reached is None
 
 
 def test_an_edited_text_is_another_run(desk: Desk) -> None:

@@ -1,8 +1,11 @@
-"""Trials of two processes each: the same losses as in one, and no trial waits for another's place for ever."""
+"""Trials of two processes each, and baselines like them: the same losses as in one, and none waits for
+another's place for ever."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,10 +26,34 @@ budget: {parameters: 75k, tolerance: 20%}
 search:
   space: {layers: 3..4, mlp: [64, 96]}
   trials: 2
+  baselines: [largest_first, scratch]
   retrain: {tokens: 1024, rungs: 2, learning_rate: 3e-3}
 """
 
 
+def run(desk: Desk) -> set[str]:
+    """A run to its end; the names of the groups of processes that there were."""
+    process, groups = desk.start("run", "tiny.yaml", "--cluster", "cluster.yaml"), set[str]()
+    deadline = time.monotonic() + 500
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        groups |= {path.name for path in desk.results.glob("tiny/*/ray/train/group-*")}
+        time.sleep(0.05)
+    out, err = process.communicate()
+    assert process.returncode == 0, f"{out}\n{err}"
+    return groups
+
+
+def groups_of(rows: list[dict[str, Any]]) -> int:
+    """How many groups these rows come from: one a rung of a trial, one a cut that is scored, one a
+    baseline that is trained."""
+    rungs = [row for row in rows if row["origin"] == "search" and row["tokens"]]
+    cuts = [row for row in rows if row["origin"] == "largest_first" and row["rung"] == 0]
+    others = [row for row in rows if row["origin"] != "search" and row["status"] == "completed"]
+    return len(rungs) + len(cuts) + sum(not row["copied"] for row in others)
+
+
+@pytest.mark.timeout(900)
 def test_a_group_trains_as_one_process_does(tmp_path: Path, tiny_llama: Path, tiny_text: Path) -> None:
     found = {}
     for name, workers in (("one", 1), ("group", 2)):
@@ -34,12 +61,15 @@ def test_a_group_trains_as_one_process_does(tmp_path: Path, tiny_llama: Path, ti
         (desk.folder / "tiny.yaml").write_text(SEARCH)
         # Two trials want to run at a time; on two CPUs only one has both of its processes.
         (desk.folder / "cluster.yaml").write_text(f"trial_workers: {workers}\ntrial: {{cpus: 1}}\n")
-        desk.run("--cluster", "cluster.yaml")
+        groups = run(desk)
         rows = desk.rows("trials")
-        found[name] = {(row["candidate_id"], row["tokens"]): row for row in rows}
+        found[name] = {(row["origin"], row["candidate_id"], row["tokens"]): row for row in rows}
+        assert len(groups) == (groups_of(rows) if workers > 1 else 0)
         assert not (desk.run_folder() / "trials").exists()
         desk.clear()
-    assert found["one"].keys() == found["group"].keys() and len(found["one"]) == 5
+    searched = [key for key in found["one"] if key[0] == "search"]
+    assert found["one"].keys() == found["group"].keys() and len(searched) == 5
+    assert {key[0] for key in found["one"]} == {"search", "largest_first", "scratch"}
     for key, row in found["one"].items():
         other = found["group"][key]
         assert row["status"] == other["status"] and row["final"] == other["final"]

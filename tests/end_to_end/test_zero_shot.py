@@ -16,6 +16,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TRIALS, SHAPES, SEQUENCES = 3, 6, 3
 SEARCH = EXPERIMENT[: EXPERIMENT.index("distill:")]
+SET = (
+    f"search.zero_shot={{shapes: {SHAPES}, sequences: {SEQUENCES}}}",
+    f"search.trials={TRIALS}",
+    "search.space.mlp=48..96 by 8",
+)
+OVERRIDES = [text for one in SET for text in ("--set", one)]
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +29,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_te
     """A finished search of fewer trials than shapes."""
     desk = Desk.lay(tmp_path_factory.mktemp("searched"), tiny_llama, tiny_text)
     (desk.folder / "tiny.yaml").write_text(SEARCH)
-    zero_shot = f"search.zero_shot={{shapes: {SHAPES}, sequences: {SEQUENCES}}}"
-    desk.run("--set", zero_shot, "--set", f"search.trials={TRIALS}", "--set", "search.space.mlp=48..96 by 8")
+    desk.run(*OVERRIDES)
     return desk
 
 
@@ -58,3 +63,17 @@ def test_optuna_reads_the_study(searched: Desk) -> None:
         row = ended[trial.user_attrs["candidate_id"]]
         assert trial.value == row["val_loss"] and max(trial.intermediate_values) == row["tokens"]
         assert all(trial.params[axis] == row[axis] for axis in ("layers", "heads", "mlp"))
+
+
+def test_cuts_that_are_there_are_not_scored_again(searched: Desk) -> None:
+    run = searched.run_folder()
+    before = {row["candidate_id"]: row["val_loss"] for row in searched.rows("zero_shot")}
+    (run / "stages/zero_shot.json").unlink()  # as where a run was killed after five of six cuts
+    lost, *kept = sorted((run / "tables/zero_shot").glob("*.arrow"))
+    assert len(kept) == SHAPES - 1, "a fragment a cut"
+    lost.unlink()
+    written = {path: path.stat().st_mtime_ns for path in kept}
+    _, err = searched.run(*OVERRIDES)
+    assert "zero_shot: finished" in err and "search: reused" in err
+    assert {path: path.stat().st_mtime_ns for path in kept} == written
+    assert {row["candidate_id"]: row["val_loss"] for row in searched.rows("zero_shot")} == before

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from minitron_ray.core.bounds import ByteBounds
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.core.hardware import rate_text
 from minitron_ray.core.loading import load
@@ -35,13 +36,19 @@ def test_what_is_given_goes_before_what_is_known(tmp_path: Path) -> None:
     assert devices(tmp_path, "{flops: 1T}").hardware().memory is None
 
 
+@pytest.mark.parametrize("size", ["80G", "80 GiB", "79.5gb", "1_048_576", ".5TiB"])
+def test_a_devices_memory_is_written_as_a_budgets_is(tmp_path: Path, size: str) -> None:
+    assert devices(tmp_path, f"{{flops: 1T, memory: {size!r}}}").memory == ByteBounds.read(size)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{kind: h1000}", r"devices\.kind: 'h1000' is not known here; known are a100, h100, h200, b200; for"),
         ("{count: 8}", r"devices: give a kind \(a100, h100, h200, b200\) or flops"),
         ("{kind: h100, utilization: 40}", r"devices\.utilization"),
-        ("{kind: h100, memory: plenty}", r"devices\.memory"),
+        ("{kind: h100, memory: plenty}", r"devices\.memory: expected bytes \(80GiB, 24GB\), found 'plenty'"),
+        ("{kind: h100, memory: 0}", r"devices\.memory: must be at least 1 byte"),
         ("{kind: h100, number: 8}", r"devices\.number"),
     ],
 )

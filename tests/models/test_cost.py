@@ -33,13 +33,6 @@ def test_agrees_with_the_papers_figure_for_a_step() -> None:
     assert step == pytest.approx(4.4e17, rel=0.05)
 
 
-def test_distillation_adds_the_teachers_forward_pass() -> None:
-    student = TEACHER.with_sizes(hidden=4096, mlp=16384)
-    assert cost.distillation_flops(FAMILY, TEACHER, student, 128) == (
-        cost.forward_flops(FAMILY, TEACHER, 128) + 3 * cost.forward_flops(FAMILY, student, 128)
-    )
-
-
 def test_a_tied_head_still_multiplies() -> None:
     tied = FAMILY.read({**NEMOTRON, "tie_word_embeddings": True})
     assert cost.matrix_parameters(FAMILY, tied) == cost.matrix_parameters(FAMILY, TEACHER)

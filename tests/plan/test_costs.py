@@ -10,7 +10,7 @@ import pytest
 
 from minitron_ray.cli.planning import plan_files
 from minitron_ray.core.hardware import Hardware
-from minitron_ray.plan import Plan, StageCost
+from minitron_ray.plan import Layout, Plan, StageCost
 from minitron_ray.plan.tokens import cohorts_of, rung_tokens, trials_at_rungs, validations_of
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -28,6 +28,8 @@ def stage(plan: Plan, name: str, **layout: Any) -> StageCost:
     return next(cost for cost in plan.costs(**layout) if cost.stage == name)
 
 
+HALVED = ("smollm2_135m_to_90m", "search.trials=12", "search.retrain.tokens=16384")
+ONE_TRIAL = (*HALVED, "search.trials=1", "search.halving=null")
 ONE = [  # one shape, whose training is 48.17 GF a token: Minitron 8B
     "budget.parameters=8.26B..8.28B",
     "search.trials=1",
@@ -45,6 +47,19 @@ def test_the_search_is_trials_times_tokens_and_the_teachers_head() -> None:
     trained = tokens * (student + TEACHER_HEAD)
     measured = 2 * validation * (student / 3 + TEACHER_HEAD)  # the cut, and the end
     assert cost.flops == pytest.approx(trained + measured, rel=1e-3)
+
+
+def test_a_trial_is_measured_before_its_first_step() -> None:
+    """12, 6 and 3 trials come to the three rungs of this file, and all 12 are measured as they were cut."""
+    fewer, more = (planned(*HALVED, f"data.validation={count}") for count in (8, 24))
+    assert len({row.candidate.id for row in fewer.feasible}) > 12
+    of_one = [planned(*ONE_TRIAL, f"data.validation={count}") for count in (8, 24)]
+    added, once = (stage(b, "search").flops - stage(a, "search").flops for a, b in ((fewer, more), of_one))
+    # Of one trial: as it was cut, and at three rungs. The others are no costlier.
+    assert 0.9 * (12 + 12 + 6 + 3) < added / (once / 4) <= 12 + 12 + 6 + 3
+    plans = [planned("15b_to_8b", *ONE, "search.retrain.rungs=1", f"data.validation={n}") for n in (8, 24)]
+    difference = stage(plans[1], "search").flops - stage(plans[0], "search").flops
+    assert difference == pytest.approx(2 * 16 * 4096 * (48.17e9 / 3 + TEACHER_HEAD), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -78,17 +93,28 @@ def test_a_wider_search_costs_the_sum_of_its_shapes() -> None:
 
 def test_halving_trains_fewer_tokens() -> None:
     """Twelve trials in cohorts of four, 4096 tokens to the first of three rungs: half go on past each."""
-    plan = planned("smollm2_135m_to_90m")
+    plan = planned(*HALVED)
     assert rung_tokens(plan.experiment) == (4096, 8192, 16384)
     assert cohorts_of(plan.experiment, 12) == (4, 4, 4)
     assert trials_at_rungs(plan.experiment, 12) == (12, 6, 3)
     assert stage(plan, "search").tokens == 12 * 4096 + 6 * 4096 + 3 * 8192
-    unhalved = planned("smollm2_135m_to_90m", "search.halving=null")
+    unhalved = planned(*HALVED, "search.halving=null")
     assert stage(unhalved, "search").tokens == 12 * 16384
     # A cohort's weights and moments wait at a rung; without halving nothing does.
     largest = max(row.parameters for row in plan.feasible)
     assert stage(plan, "search").disk_bytes == 4 * 12 * largest
     assert stage(unhalved, "search").disk_bytes == 0
+    # Where ties are trained on, what was stopped stays, see `test_checkpoints.py`.
+    ties = stage(planned(*HALVED, "search.keep=ties"), "search")
+    assert ties.disk_bytes == 15 * 12 * largest and ties.what.endswith("3 go to the end, ties aside")
+
+
+@pytest.mark.parametrize(("halving", "waiting"), [("null", 4 * 2), ("{reduction: 2}", 4)])
+def test_a_group_leaves_checkpoints_at_each_rung(halving: str, waiting: int) -> None:
+    """Of cohorts of four: at the second of three rungs each still going has its first and its second."""
+    plan = planned(*HALVED, f"search.halving={halving}")
+    largest = max(row.parameters for row in plan.feasible)
+    assert stage(plan, "search", layout=Layout(trial_workers=2)).disk_bytes == waiting * 12 * largest
 
 
 def test_distillation_counts_its_validations() -> None:
@@ -120,9 +146,40 @@ def test_what_is_written_is_counted() -> None:
     assert stage(plan, "teacher").disk_bytes == 2 * 6144 * (4718592 + 512 * 4096)
 
 
+def test_a_chain_runs_its_teacher_once() -> None:
+    """The 4B learns from the same teacher, on the same text, as the 8B did."""
+    first, second = planned("15b_to_8b"), planned("8b_to_4b")
+    alone, after = stage(second, "teacher"), stage(second, "teacher", before=[first])
+    assert alone.flops == stage(first, "teacher").flops > 5e19 and alone.disk_bytes > 100 * 2**30
+    assert (after.tokens, after.flops, after.disk_bytes) == (0, 0.0, 0)
+    assert after.what == "sampled 50 of search and validation, which 15b_to_8b has stored by then"
+    others = {cost.stage: cost for cost in second.costs()} | {"teacher": after}
+    assert {cost.stage: cost for cost in second.costs(before=[first])} == others
+
+
+@pytest.mark.parametrize(
+    ("override", "shares"),
+    [
+        ("seed=7", False),
+        ("data.validation=256", False),
+        ("precision=float32", False),
+        ("search.signal={kind: sampled, draws: 20}", False),
+        ("search.retrain.tokens=2B", False),
+        ("search.retrain.tokens=1B", True),
+        ("search.retrain.loss={kind: cross_entropy}", True),  # its trials see nothing of the teacher
+        ("search.signal={kind: online}", False),
+    ],
+)
+def test_what_a_chain_shares(override: str, shares: bool) -> None:
+    first, second = planned("15b_to_8b", "seed=1"), planned("8b_to_4b", "seed=1", override)
+    found, alone = stage(second, "teacher", before=[first]), stage(second, "teacher")
+    assert (found != alone) == shares
+    assert not shares or found.flops == 0
+
+
 def test_zero_shot_and_baselines() -> None:
     plan = planned(
-        "smollm2_135m_to_90m",
+        *HALVED,
         "search.baselines=[random, scratch]",
         "search.zero_shot={shapes: 5, sequences: 2}",
     )

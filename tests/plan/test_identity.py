@@ -114,6 +114,47 @@ def test_baselines_are_another_stage_of_the_same_search(tmp_path: Path, tiny_lla
     assert differing(one, two) == {"baselines"} and two == turned
 
 
+def searched(tmp_path: Path, tiny_llama: Path, *overrides: str) -> dict[str, str]:
+    """Fingerprints of a search and its distillation under `--set` options."""
+    path = tmp_path / "x.yaml"
+    search = "{space: {layers: 3..4}, trials: 2, retrain: {tokens: 1k}}"
+    path.write_text(
+        SHAPE.replace("shape: {layers: 3, mlp: 64}", f"budget: {{parameters: 60k..100k}}\nsearch: {search}")
+    )
+    config = json.loads((tiny_llama / "config.json").read_text())
+    return stage_fingerprints(make_plan(load(path, Experiment, overrides)[0], config), FOUND)
+
+
+def test_how_many_are_kept_changes_trials_only_where_they_are_halved(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    baselines, whole = "search.baselines=[scratch]", "search.halving=null"
+    for kept in ("search.keep=2", "search.keep=ties"):
+        all_trained = searched(tmp_path, tiny_llama, whole, baselines)
+        assert differing(all_trained, searched(tmp_path, tiny_llama, whole, baselines, kept)) == STUDENT
+        halved = searched(tmp_path, tiny_llama, baselines)
+        other = searched(tmp_path, tiny_llama, baselines, kept)
+        assert differing(halved, other) == {"search", "baselines", *STUDENT}
+    alone = searched(tmp_path, tiny_llama, whole, "distill=null")
+    assert differing(alone, searched(tmp_path, tiny_llama, whole, "distill=null", "search.keep=2")) == {
+        "evaluate"
+    }
+
+
+@pytest.mark.parametrize(
+    ("baselines", "stages"), [("[random, scratch]", set()), ("[largest_first]", {"baselines"})]
+)
+def test_what_counts_as_large_is_of_the_baseline_that_asks(
+    tmp_path: Path, tiny_llama: Path, baselines: str, stages: set[str]
+) -> None:
+    """Both budgets admit every shape, so that nothing else depends on which parameters count."""
+    wide = ("budget.parameters=10k..200k", f"search.baselines={baselines}")
+    one, other = (
+        searched(tmp_path, tiny_llama, *wide, f"budget.count={count}") for count in ("total", "non_embedding")
+    )
+    assert differing(one, other) == stages
+
+
 def test_the_fingerprint_follows_what_decides_the_result_only() -> None:
     def paper(*overrides: str) -> Experiment:
         return load(EXPERIMENTS / "15b_to_8b.yaml", Experiment, overrides)[0]

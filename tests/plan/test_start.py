@@ -142,6 +142,17 @@ def test_another_vocabulary_or_family_is_refused(
         make_plan(read(), teacher, unknown)
 
 
+@pytest.mark.parametrize("whose", ["teacher", "start"])
+def test_a_context_that_is_too_short_is_said_of_its_model(
+    whose: str, read: Read, teacher: dict[str, Any], start: StartConfig
+) -> None:
+    short = {"max_position_embeddings": 16}
+    own = teacher | (short if whose == "teacher" else {})
+    cut = StartConfig(config={**start.config, **(short if whose == "start" else {})}, source="s")
+    with pytest.raises(ConfigError, match=rf"32 is longer than the {whose}'s context of 16; set it to 16"):
+        make_plan(read(), own, cut)
+
+
 def test_a_config_of_another_start_is_named_by_its_section(teacher: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"start\.config describes .* correct start\.config"):
         check_same_model(teacher | {"hidden_size": 96}, teacher, "start")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from minitron_ray.report.plan_actual import HEADER, actual_section, plan_against_actual
+from minitron_ray.report.plan_actual import HEADER, actual_section, cells, plan_against_actual
 from minitron_ray.report.sections import markdown_table, show
 from minitron_ray.results.run import Run
 from minitron_ray.results.runs import read_info
 from tests.report.conftest import MakeRun
+from tests.report.conftest import search as search_tables
 
 COST = {"what": "", "tokens": 1000, "flops": 4e9, "device_seconds": 2.0, "devices": 2}
 
@@ -32,29 +34,78 @@ def test_a_run_without_a_plan_has_no_rows(make_run: MakeRun) -> None:
 
 def test_seconds_of_all_attempts_on_all_devices(make_run: MakeRun) -> None:
     run = make_run("prepare")
-    planned(run, teacher={})
-    for status, seconds in (("interrupted", 1.5), ("finished", 2.5), ("reused", 0.0)):
-        attempt(run, "teacher", status, seconds)
+    planned(run, importance={})
+    attempt(run, "importance", "interrupted", 1.5)
+    [row] = plan_against_actual(read_info(run.folder))
+    assert (row.status, row.seconds, row.reached) == ("interrupted", 3.0, None), (
+        "how far it came is not known"
+    )
+    run.begin_stage("importance", "f")
+    run.finish_stage("importance", "f", {}, "", 2.5)
+    attempt(run, "importance", "reused", 0.0)
     [row] = plan_against_actual(read_info(run.folder))
     assert (row.status, row.seconds, row.planned_seconds) == ("reused", 8.0, 2.0)
     assert row.reached == 4e9 / 8.0
 
 
 def test_a_stage_of_another_run_took_no_time(make_run: MakeRun) -> None:
-    run = make_run("prepare")
-    planned(run, teacher={}, evaluate={})
-    attempt(run, "teacher", "reused", 0.0)
-    teacher, evaluate = plan_against_actual(read_info(run.folder))
-    assert (teacher.status, teacher.seconds, teacher.reached) == ("reused", None, None)
+    """Its rows are here, its 700 seconds there."""
+    run = make_run("search")
+    run.finish_stage("search", "s", {}, "", 700.0, taken_over=True)
+    planned(run, search={}, evaluate={})
+    search, evaluate = plan_against_actual(read_info(run.folder))
+    assert (search.status, search.tokens, search.seconds, search.reached) == ("taken_over", None, None, None)
     assert (evaluate.status, evaluate.seconds) == (None, None)
+    assert next(cells([search]))[3] == "reused"
+    attempt(run, "search", "reused", 0.0)
+    search, _ = plan_against_actual(read_info(run.folder))
+    assert (search.status, search.seconds, search.reached) == ("reused", None, None)
+
+
+@pytest.mark.parametrize(
+    ("done", "tokens", "reached"),
+    [
+        ([("finished", 2.0, 1000)], 1000, 4e9 / 4.0),
+        ([("finished", 2.0, 250)], 250, 1e9 / 4.0),  # the rest was in the cache
+        ([("interrupted", 1.0, 600), ("finished", 1.0, 400)], 1000, 4e9 / 4.0),
+        ([("finished", 0.001, 0)], 0, None),  # all of it was
+        ([("finished", 0.001, None)], None, None),  # of a run that did not say
+    ],
+)
+def test_a_teacher_is_as_fast_as_what_it_computed(
+    make_run: MakeRun, done: list[tuple[str, float, int | None]], tokens: int | None, reached: float | None
+) -> None:
+    run = make_run("prepare")
+    planned(run, teacher={})
+    for status, seconds, computed in done:
+        run.note_stage("teacher", "f", status, "", seconds, tokens=computed)
+    [row] = plan_against_actual(read_info(run.folder))
+    assert (row.tokens, row.reached) == (tokens, reached)
+
+
+def test_an_attempt_that_was_killed_hides_how_fast_it_was(make_run: MakeRun) -> None:
+    """It says no seconds, but its tokens are in the tables."""
+    run = make_run("teacher")
+    planned(run, search={"tokens": 32768})
+    run.begin_stage("search", "f")
+    search_tables(run)
+    again = Run(run.folder)
+    again.begin_stage("search", "f")
+    assert [row.status for row in plan_against_actual(read_info(run.folder))] == ["running"]
+    again.finish_stage("search", "f", {}, "", 3.0)
+    [row] = plan_against_actual(read_info(run.folder))
+    assert (row.status, row.tokens, row.seconds, row.reached) == ("finished", 24576, 6.0, None)
 
 
 def test_tokens_are_those_of_the_tables(make_run: MakeRun) -> None:
-    """Four trials of 4096 or 8192 tokens (one failed at its first rung), a baseline, four steps of 1024."""
+    """Four trials of 4096 or 8192 tokens (one failed at its first rung), a baseline and another that is a
+    copy of a trial, four steps of 1024."""
     run = make_run()
     planned(run, search={"tokens": 32768}, baselines={}, distill={"devices": None, "device_seconds": None})
     baseline = {"candidate_id": "cccccccccc", "rung": 3, "tokens": 12288, "origin": "scratch"}
     run.store.append("trials", [baseline], writer="scratch", sequence=0)
+    copy = baseline | {"candidate_id": "aaaaaaaaaa", "origin": "random", "copied": True}
+    run.store.append("trials", [copy], writer="random", sequence=0)
     for stage in ("search", "baselines", "distill"):
         attempt(run, stage, "finished", 10.0)
     search, baselines, distill = plan_against_actual(read_info(run.folder))

@@ -105,6 +105,32 @@ def test_stage_rows_of_a_repeated_finish_do_not_double(tmp_path: Path) -> None:
     assert sorted(run.store.read("stages")["status"].to_pylist()) == ["finished", "reused", "reused"]
 
 
+def test_an_attempt_that_is_killed_leaves_its_beginning(tmp_path: Path) -> None:
+    open_run(tmp_path).begin_stage("search", "s1")
+    run = open_run(tmp_path)
+    run.begin_stage("search", "s1")
+    run.note_stage("search", "s1", "interrupted", "", 2.0, tokens=5)
+    run.begin_stage("search", "s1")
+    run.finish_stage("search", "s1", {}, "done", 1.0, tokens=7)
+    run.note_stage("search", "s1", "reused", "done", 0.0)
+    rows = sorted(run.store.read("stages").to_pylist(), key=lambda row: row["at"])
+    assert [(row["status"], row["seconds"], row["tokens"]) for row in rows] == [
+        ("running", None, None),
+        ("interrupted", 2.0, 5),
+        ("finished", 1.0, 7),
+        ("reused", 0.0, None),
+    ]
+
+
+def test_what_is_taken_over_took_its_time_elsewhere(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.finish_stage("search", "s1", {}, "done", 700.0, taken_over=True)
+    [row] = run.store.read("stages").to_pylist()
+    assert (row["status"], row["seconds"]) == ("taken_over", 0.0)
+    record = run.record("search", "s1")
+    assert record is not None and record["seconds"] == 700.0
+
+
 def test_stages_are_listed_in_the_order_they_go(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     for stage in ("search", "prepare", "importance"):

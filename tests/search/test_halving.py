@@ -130,6 +130,12 @@ def test_cohorts_by_rule(trials: int, keep: int, learns: bool, given_size: int |
     assert cohort_size(trials, 3, 2.0, keep, learns, given_size) == expected
 
 
+def test_what_is_kept_does_not_size_cohorts_that_nothing_halves() -> None:
+    """Proposals follow the cohorts: trials that all end the same way must not depend on `keep`."""
+    sizes = {cohort_size(24, 3, None, keep, True) for keep in range(1, 25)}
+    assert sizes == {cohort_size(24, 3, 2.0, 1, True)}
+
+
 def test_halving_by_rule_spends_half_of_the_tokens_or_less() -> None:
     for reduction, rungs, keep in itertools.product((2.0, 3.0, 4.0), (3, 4), (1, 2)):
         size = cohort_size(1000, rungs, reduction, keep, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,25 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_ray.core.events import EventBus
 from minitron_ray.core.loading import load
+from minitron_ray.execution.cluster import GroupSize
+from minitron_ray.execution.settings import Resources
 from minitron_ray.execution.stop import StopSignal
+from minitron_ray.execution.train_group import Worker
 from minitron_ray.experiment import Experiment
 from minitron_ray.importance.controls import control_scores
 from minitron_ray.plan import make_plan
 from minitron_ray.results.cache import Cache
 from minitron_ray.results.store import Store
 from minitron_ray.search.baselines import Baseline
-from minitron_ray.stages.baselines import endings
-from minitron_ray.stages.entrant import Bench, Entrant, score_cut, train_entrant
+from minitron_ray.stages.baselines import endings, forget_other_winners
+from minitron_ray.stages.entrant import (
+    Bench,
+    Entrant,
+    score_cut,
+    score_in_group,
+    train_entrant,
+    train_in_group,
+)
 from minitron_ray.stages.prepare import prepare
 from minitron_ray.stages.trial import Objective
 
@@ -120,7 +131,8 @@ def test_a_copy_is_the_same_trial_under_another_origin(bench: tuple[Bench, dict[
     bench_.copy(entrant, rows, f"random:{name}")
     all_rows = bench_.store.read("trials").to_pylist()
     copies = [row for row in all_rows if row["origin"] == "largest_first"]
-    assert [row | {"origin": "random"} for row in copies] == rows
+    assert all(row["copied"] for row in copies) and not any(row["copied"] for row in rows)
+    assert [row | {"origin": "random", "copied": None} for row in copies] == rows
     assert losses_of(bench_, entrant.subject) == losses_of(bench_, f"random:{name}")
     assert set(endings(bench_.store)) == {("random", name), ("largest_first", name)}
 
@@ -187,3 +199,57 @@ def test_a_student_that_cannot_be_trained_is_a_row_and_no_crash(
             "shape": f"scratch {shape.candidate.shape_text()}",
         },
     )
+
+
+def _rank(rank: int, bench: Bench, entrants: list[Entrant], out: Path) -> None:
+    file = torch.distributed.FileStore(str(out / "rendezvous"), 2)
+    torch.distributed.init_process_group("gloo", store=file, rank=rank, world_size=2)
+    worker = Worker(
+        rank=rank, world=2, device=torch.device("cpu"), report=Told(), stop_requested=lambda: False
+    )
+    for entrant in entrants:
+        train_in_group((entrant, bench, 1024), worker)
+    np.save(out / f"{rank}.npy", score_in_group((entrants[0], bench), worker))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_group_leaves_the_rows_that_one_process_leaves(
+    bench: tuple[Bench, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Two real processes under gloo that share each student."""
+    alone, shapes = bench
+    shape = next(iter(shapes.values()))
+    origins: tuple[Baseline, ...] = ("largest_first", "magnitude", "scratch")
+    entrants = [Entrant(origin=origin, shape=shape) for origin in origins]
+    size = GroupSize(workers=2, each=Resources(cpus=1), storage=tmp_path)
+    group = replace(alone, group=size, store=Store(tmp_path / "group", "x", "1"))
+    torch.multiprocessing.spawn(_rank, args=(group, entrants, tmp_path), nprocs=2)
+    for entrant in entrants:
+        rows, _ = trained(alone, entrant.origin, shape)
+        others = [row for row in group.store.read("trials").to_pylist() if row["origin"] == entrant.origin]
+        assert [row["tokens"] for row in others] == [0, 512, 1024]
+        for row, other in zip(rows, sorted(others, key=lambda row: row["rung"]), strict=True):
+            assert all(other[name] == pytest.approx(row[name], abs=1e-4) for name in FIGURES)
+        ours, theirs = losses_of(alone, entrant.subject), losses_of(group, entrant.subject)
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    scores = [float(np.load(tmp_path / f"{rank}.npy")) for rank in range(2)]
+    first = min(losses_of(alone, entrants[0].subject))[0]
+    undistilled = [x for (tokens, _), x in losses_of(alone, entrants[0].subject).items() if tokens == first]
+    assert first == 0 and scores == pytest.approx([np.mean(undistilled)] * 2, abs=1e-5)
+
+
+def test_what_stood_beside_another_winner_is_dropped(bench: tuple[Bench, dict[str, Any]]) -> None:
+    """After a failed trial was tried again and won; a shape by lot stands whoever wins."""
+    bench_, shapes = bench
+    before, winner = list(shapes.values())[:2]
+    origins: tuple[Baseline, ...] = ("random", "magnitude", "scratch")
+    entrants = [Entrant(origin=origin, shape=shape) for origin in origins for shape in (before, winner)]
+    for entrant in entrants:
+        bench_.write(entrant, entrant.trial_row(0, "failed", reason="x"))
+        bench_.write_losses(entrant, 0, 0, {4: 1.0})
+    plan = make_plan(bench_.setting.experiment, bench_.setting.checkpoint.config)
+    forget_other_winners(plan, bench_, winner.candidate.id)
+    left = [entrant for entrant in entrants if entrant.origin == "random" or entrant.shape is winner]
+    assert set(endings(bench_.store)) == {(entrant.origin, entrant.candidate_id) for entrant in left}
+    losses = bench_.store.read("sequence_losses").to_pylist()
+    assert {row["subject"] for row in losses} == {entrant.subject for entrant in left}

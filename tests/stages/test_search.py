@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from minitron_ray.results.store import Store
 from minitron_ray.search.choice import paired_bootstrap
-from minitron_ray.search.cohorts import Known
-from minitron_ray.stages.search import Ties, known_trials
+from minitron_ray.search.cohorts import FINISHED, Cohorts, Known
+from minitron_ray.search.halving import Halving
+from minitron_ray.stages.reuse import reopen
+from minitron_ray.stages.search import Ties, known_trials, taken_up
 
 
 @pytest.fixture
@@ -32,7 +35,8 @@ def write(store: Store, name: str, rungs: list[tuple[int, float | None]], status
             "cohort": 1,
             "origin": "search",
         }
-        writer = f"{(row | more)['origin']}-{name}"
+        origin = (row | more)["origin"]
+        writer = f"trial-{name}" if origin == "search" else f"baseline-{origin}-{name}"
         store.append("trials", [row | more], writer=writer, sequence=place)
 
 
@@ -53,11 +57,73 @@ def test_known_trials(store: Store) -> None:
     }
 
 
+def begin(known: Mapping[str, Known]) -> Cohorts:
+    """Four shapes in one cohort, halved once."""
+    rule = Halving(rungs=(10, 20), reduction=2)
+    return Cohorts(
+        trials=4,
+        size=4,
+        rule=rule,
+        propose=lambda cohort, told, count: [] if cohort else ["a", "b", "c", "d"],
+        known=known,
+    )
+
+
+def test_a_failed_trial_stays_failed_whenever_the_search_was_killed(store: Store) -> None:
+    """Killed before the first completion or not at all: the same fates."""
+    alone = begin({})
+    for name, loss in (("a", 3.0), ("b", 2.0), ("c", 4.0)):
+        alone.report(name, 10, loss)
+    alone.fail("d")
+    for name, loss in (("a", 3.0), ("b", 2.0), ("c", 4.0)):
+        write(store, name, [(0, 9.0), (10, loss)], "running")
+    write(store, "d", [(0, None)], "failed")
+    again = taken_up(store, no_cost, begin)
+    assert again.next(()) == alone.next(()) == "b"
+    for cohorts in (alone, again):
+        cohorts.report("b", 20, 1.0)
+    assert dict(again.fates) == dict(alone.fates)
+    assert again.fates["d"].state == "failed" and again.next(()) is FINISHED
+
+
+def test_a_trial_is_not_tried_again_while_others_are_to_run(store: Store) -> None:
+    write(store, "a", [(0, None)], "failed")
+    again = taken_up(store, no_cost, begin)
+    assert again.fates["a"].state == "failed" and again.next(()) == "b"
+
+
 def test_where_all_failed_all_are_tried_again(store: Store) -> None:
-    write(store, "a", [(0, 9.0), (10, 3.0)], "failed")
-    write(store, "b", [(0, None)], "failed")
-    known = known_trials(store, no_cost)
-    assert set(known) == {"a", "b"} and not any(trial.failed for trial in known.values())
+    for name in ("a", "b", "c"):
+        write(store, name, [(0, None)], "failed")
+    write(store, "d", [(0, 9.0), (10, 3.0)], "failed")
+    again = taken_up(store, no_cost, begin)
+    assert [fate.state for fate in again.fates.values()] == ["running", "running", "running", "waiting"]
+    rows = store.read("trials").to_pylist()
+    assert all((row["status"], row["final"], row["reason"]) == ("running", False, None) for row in rows)
+    assert {row["val_loss"] for row in rows if row["candidate_id"] == "d"} == {9.0, 3.0}, (
+        "measured is measured"
+    )
+
+
+def test_a_failed_trial_that_is_opened_again_ends_as_if_it_had_not_failed(store: Store) -> None:
+    """`d` is better than `b`, which won without it."""
+    losses = {"a": 3.0, "b": 2.0, "c": 4.0, "d": 1.0}
+    for name in "ac":
+        write(store, name, [(0, 9.0), (10, losses[name])], "stopped")
+    write(store, "b", [(0, 9.0), (10, 2.0), (20, 2.0)], "completed")
+    write(store, "d", [(0, None)], "failed", reason="CUDA out of memory")
+    assert taken_up(store, no_cost, begin).next(()) is FINISHED
+    reopen(store)
+    again, whole = taken_up(store, no_cost, begin), begin({})
+    for cohorts in (again, whole):
+        while isinstance(name := cohorts.next(()), str):
+            known = cohorts.fates[name].state == "running"
+            assert known
+            for tokens in (10, 20):
+                if cohorts.report(name, tokens, losses[name]).state != "running":
+                    break
+    assert dict(again.fates) == dict(whole.fates)
+    assert {name for name, fate in again.fates.items() if fate.state == "completed"} == {"b", "d"}
 
 
 def test_a_measured_cost_is_read_back(store: Store) -> None:

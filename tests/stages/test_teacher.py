@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +26,12 @@ from minitron_ray.execution.stop import StopSignal
 from minitron_ray.experiment import Experiment
 from minitron_ray.results.cache import Cache
 from minitron_ray.stages.prepare import prepare
-from minitron_ray.stages.teacher import KIND, Library, compute, dealt
+from minitron_ray.stages.reuse import outputs_exist
+from minitron_ray.stages.teacher import KIND, LISTS, Library, compute, dealt, worker_dtype
+from minitron_ray.stages.trial import retrain
 
 Open = Callable[..., Library]
+CROSS_ENTROPY = "search.retrain.loss.kind=cross_entropy"
 
 
 @pytest.fixture
@@ -52,7 +57,8 @@ search:
         experiment, _ = load(tmp_path / "x.yaml", Experiment, overrides)
         cache = Cache(tmp_path / results)
         ready = prepare(experiment, tmp_path, cache, EventBus(), StopSignal(), micro_batch=3)
-        return Library(setting=ready.setting, inputs=ready.inputs, cache=cache)
+        setting = ready.setting
+        return Library(setting=setting, inputs=ready.inputs, cache=cache, dtype=setting.share().dtype)
 
     return made
 
@@ -118,6 +124,64 @@ def test_another_kind_shares_the_exact_states_of_validation(library: Open) -> No
     assert sum(fill(other, 1)) == 400
     reseeded = library("results", "search.signal.kind=sampled", "seed=1")
     assert sum(fill(reseeded, 1)) == 400  # other sequences come first, and draws are others
+
+
+def test_blocks_are_named_by_the_type_that_was_computed_in(library: Open) -> None:
+    """`auto` is one type here and another there, and one results folder may serve both."""
+    auto = replace(library("results"), dtype=torch.float32)
+    blocks = auto.blocks(FinalHidden())
+    other = replace(auto, dtype=torch.bfloat16).blocks(FinalHidden())
+    assert not {block.folder for block in blocks} & {block.folder for block in other}
+    for precision, same in (("float32", blocks), ("bfloat16", other)):
+        assert library("results", f"precision={precision}").blocks(FinalHidden()) == same
+
+
+def test_a_worker_that_would_compute_in_another_type_is_refused(library: Open) -> None:
+    made = library("results", "precision=float32")
+    foreign = replace(made, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="precision: auto is bfloat16 on one worker and float32 on another"):
+        compute(foreign.blocks(FinalHidden()), foreign, lambda kind, **fields: None)
+    assert not (made.cache.folder / KIND).exists()
+
+
+@pytest.mark.ray
+def test_the_type_is_asked_of_the_workers(library: Open, tmp_path: Path) -> None:
+    setting = library("results").setting
+    with Cluster(ClusterSettings(workers=1), tmp_path / "run", EventBus(), StopSignal()) as cluster:
+        assert cluster.map(worker_dtype, [setting]) == [setting.share().dtype]
+
+
+def test_trials_of_labels_alone_store_nothing_to_learn_from(library: Open, tmp_path: Path) -> None:
+    named = "search.signal.kind=final_hidden"
+    made = library("results", CROSS_ENTROPY, named)
+    assert fill(made, 1) == [5]
+    (tmp_path / "list").mkdir()
+    write_signal(tmp_path / "list", made.blocks(FinalHidden()))
+    setting, share = made.setting, made.setting.share()
+    student = setting.teacher(share).float().train().requires_grad_()
+    found = retrain(
+        setting, student, setting.stored_teacher(tmp_path / "list", share), share, on_rung=lambda rung: None
+    )
+    assert found[-1].final and found[0].val_divergence is not None and abs(found[0].val_divergence) < 0.01
+    both = "search.retrain.loss={kind: mixture}"
+    assert sum(fill(library("results", both, named), 1)) == 400  # a sum that has a teacher in it needs it
+
+
+def test_a_lost_block_is_missed_and_made_again(library: Open, tmp_path: Path) -> None:
+    made = library("results", "search.signal.kind=sampled")
+    fill(made, 1)
+    blocks, before = made.blocks(Sampled()), files(made.cache)
+    listed = made.cache.ensure(LISTS, "list", {}, lambda folder: write_signal(folder, blocks))
+    output = {"folder": str(listed.resolve()), "signal": Sampled().identity}
+    assert outputs_exist(tmp_path, output) and outputs_exist(tmp_path, {"folder": None})
+    shutil.rmtree(blocks[1].folder)
+    assert not outputs_exist(tmp_path, output)
+    assert fill(made, 1) == [len(blocks[1].sequences)]
+    assert outputs_exist(tmp_path, output) and files(made.cache) == before
+    (blocks[2].folder / "DONE.json").unlink()
+    assert not outputs_exist(tmp_path, output)
+    shutil.rmtree(listed)
+    assert not outputs_exist(tmp_path, output)
 
 
 def test_trials_find_every_sequence_that_they_train_on(library: Open, tmp_path: Path) -> None:

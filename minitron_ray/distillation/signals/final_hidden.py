@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from minitron_ray.core.errors import MinitronError
 from minitron_ray.distillation.signal import StoredSignal
 
 if TYPE_CHECKING:
@@ -49,9 +50,16 @@ class FinalHidden(StoredSignal):
         return {"hidden": bits.cpu().numpy()}
 
     def decode(self, rows: Sequence[Mapping[str, NDArray]], device: torch.device) -> Tensor:
+        """Raises MinitronError for rows of several types."""
         import numpy as np
         import torch
 
+        types = sorted({str(row["hidden"].dtype) for row in rows})
+        if len(types) > 1:  # stacked they would all become one of them, bits of bfloat16 read as numbers
+            raise MinitronError(
+                f"the teacher's stored final hidden states are of several types ({', '.join(types)}), computed on "
+                "unlike devices; set `precision: float32` or `precision: bfloat16` and run again"
+            )
         stored = torch.from_numpy(np.stack([row["hidden"] for row in rows])).to(device)
         if self.dtype == "int8":
             scale = torch.from_numpy(np.stack([row["scale"] for row in rows])).to(device)

@@ -1,0 +1,98 @@
+"""A student in shards, on two real processes under gloo: the same student, never whole but for a layer."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from minitron_ray.distillation.sharding import Sharding
+from minitron_ray.weights.checkpoint import Checkpoint
+from minitron_ray.weights.headless import Headless, final_hidden
+from minitron_ray.weights.model import build, initialized
+
+CPU = torch.device("cpu")
+IDS = torch.arange(24)[None] % 11
+
+
+class Read(UserDict[str, torch.Tensor]):
+    """Weights, and the names of those that have been asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__({name: checkpoint.tensor(name) for name in checkpoint.names()})
+        self.names: list[str] = []
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.names.append(name)
+        return super().__getitem__(name)
+
+
+def by_layer(folder: Path, sharding: Sharding) -> Headless:
+    """The model of a folder, each layer in shards before the next is read."""
+    checkpoint = Checkpoint(folder)
+    weights, done = Read(checkpoint), list[torch.nn.Module]()
+
+    def each_layer(layer: torch.nn.Module) -> None:
+        assert not any(
+            f"layers.{number}." in name for name in weights.names for number in range(len(done) + 1, 4)
+        )
+        assert not any(parameter.is_meta for parameter in layer.parameters())
+        assert all(isinstance(one, DTensor) for before in done for one in before.parameters())
+        sharding.layer(layer)
+        done.append(layer)
+
+    built = build(checkpoint.config, weights, trainable=True, each_layer=each_layer)
+    assert done == list(built.model.layers) and len(done) == 4
+    student = Headless(built)
+    sharding.rest(student)
+    return student
+
+
+def random(folder: Path, sharding: Sharding) -> Headless:
+    """A random model, in shards once it is there."""
+    student = Headless(initialized(Checkpoint(folder).config, seed=7))
+    sharding.whole(student, student.model.model.layers)
+    return student
+
+
+def run(student: Headless) -> torch.Tensor:
+    """The final hidden states, after a backward pass."""
+    hidden = student(IDS, final_hidden)
+    hidden.square().mean().backward()
+    return hidden.detach()
+
+
+def _rank(rank: int, folder: Path, out: Path) -> None:
+    store = torch.distributed.FileStore(str(out / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    for make in (by_layer, random):
+        student = make(folder, Sharding(2, CPU))
+        assert isinstance(student, FSDPModule) and student.training
+        hidden, found = run(student), {}
+        for name, parameter in student.named_parameters():
+            assert isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor)
+            assert parameter.to_local().numel() < parameter.numel()
+            found[name] = (parameter.full_tensor().detach(), parameter.grad.full_tensor())
+        if rank == 0:
+            torch.save({"parameters": found, "hidden": hidden}, out / f"{make.__name__}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_make_up_the_same_model(tiny_llama: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, args=(tiny_llama, tmp_path), nprocs=2)
+    checkpoint = Checkpoint(tiny_llama)
+    plain = {
+        "by_layer": build(checkpoint.config, checkpoint, trainable=True),
+        "random": initialized(checkpoint.config, seed=7),
+    }
+    for how, model in plain.items():
+        found, one = torch.load(tmp_path / f"{how}.pt"), Headless(model)
+        hidden, parameters = run(one), dict(one.named_parameters())
+        torch.testing.assert_close(found["hidden"], hidden)
+        assert set(found["parameters"]) == set(parameters)
+        for name, (weight, gradient) in found["parameters"].items():
+            assert torch.equal(weight, parameters[name]), name
+            torch.testing.assert_close(gradient, parameters[name].grad, msg=name)
