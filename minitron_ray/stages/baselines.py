@@ -17,6 +17,7 @@ from minitron_ray.plan import Plan
 from minitron_ray.results.store import Store
 from minitron_ray.search.baselines import BASELINES, Baseline, affordable, best_of, drawn, largest
 from minitron_ray.search.space import CandidateRow
+from minitron_ray.stages.choice import search_rows
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.entrant import Bench, Entrant, Row, score_cut, train_entrant
 from minitron_ray.stages.importance import read_scores
@@ -77,9 +78,8 @@ def endings(store: Store) -> dict[tuple[str, str], Row]:
 def search_tokens(store: Store) -> int:
     """Distillation tokens that the search's trials saw."""
     seen: dict[str, int] = defaultdict(int)
-    for row in store.read("trials").to_pylist():
-        if row["origin"] in (None, SEARCH):
-            seen[row["candidate_id"]] = max(seen[row["candidate_id"]], row["tokens"])
+    for row in search_rows(store):
+        seen[row["candidate_id"]] = max(seen[row["candidate_id"]], row["tokens"])
     return sum(seen.values())
 
 

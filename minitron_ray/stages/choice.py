@@ -44,8 +44,8 @@ def choose(plan: Plan, store: Store, cost: Cost) -> tuple[dict[str, Any], str]:
 
     Raises MinitronError where no trial was completed with a loss.
     """
-    rows = [row for row in _search_rows(store) if row["final"]]
-    losses = _completed(rows, _sequence_losses(store))
+    rows = [row for row in search_rows(store) if row["final"]]
+    losses = _completed(rows, sequence_losses(store))
     if not losses:
         reasons = sorted({row["reason"] for row in rows if row["reason"]})
         why = "; ".join(reasons) or "all were stopped"
@@ -71,7 +71,7 @@ def conclude(plan: Plan, store: Store) -> None:
     """Writes what follows from the trials so far; nothing for an experiment without a search."""
     if plan.experiment.search is None:
         return
-    seed, rows, known = plan.experiment.seed, _search_rows(store), _sequence_losses(store)
+    seed, rows, known = plan.experiment.seed, search_rows(store), sequence_losses(store)
     courses = _courses(plan, rows, known)
     cuts = [row for row in store.read("zero_shot").to_pylist() if row["val_loss"] is not None]
     zero_shot = {row["candidate_id"]: row["val_loss"] for row in cuts}
@@ -216,12 +216,12 @@ def _sizes(candidate: Candidate, ratios: tuple[float, ...]) -> dict[str, float]:
     return sizes
 
 
-def _search_rows(store: Store) -> list[Row]:
+def search_rows(store: Store) -> list[Row]:
     """Rows of the table `trials` without those of baselines."""
     return [row for row in store.read("trials").to_pylist() if row["origin"] in (None, "search")]
 
 
-def _sequence_losses(store: Store) -> Known:
+def sequence_losses(store: Store) -> Known:
     """By subject, phase and tokens, in the order of the validation sequences."""
     grouped = store.read("sequence_losses").group_by(["subject", "phase", "tokens"], use_threads=False)
     found: Known = {}

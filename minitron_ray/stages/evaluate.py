@@ -21,6 +21,7 @@ from minitron_ray.evaluation.measure import Measurement
 from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import distilled_tokens
 from minitron_ray.search.space import Candidate
+from minitron_ray.stages.choice import search_rows
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.setting import Setting
@@ -150,8 +151,8 @@ def _cut_measurement(context: Context, candidate_id: str) -> Measurement:
     ]
     divergence = next(
         row["val_divergence"]
-        for row in context.run.store.read("trials").to_pylist()
-        if row["candidate_id"] == candidate_id and row["rung"] == 0 and row["origin"] in (None, "search")
+        for row in search_rows(context.run.store)
+        if row["candidate_id"] == candidate_id and row["rung"] == 0
     )
     return Measurement(
         losses=np.asarray([loss for _, loss in sorted(losses)]),

@@ -20,7 +20,7 @@ from minitron_ray.search.proposals import ShapeProposals
 from minitron_ray.search.propose import Told, propose, sampler_for
 from minitron_ray.search.sampler import SearchSampler
 from minitron_ray.search.study import write_study
-from minitron_ray.stages.choice import choose
+from minitron_ray.stages.choice import choose, search_rows, sequence_losses
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.objectives import Cost
@@ -104,7 +104,7 @@ def taken_up(
 
 def known_trials(store: Store, cost: Callable[[str, Mapping[str, Any]], float | None]) -> dict[str, Known]:
     """What earlier attempts of this search left in the table `trials`."""
-    rows = [row for row in store.read("trials").to_pylist() if row["origin"] in (None, "search")]
+    rows = search_rows(store)
     known: dict[str, Known] = {}
     for row in rows:
         trial = known.setdefault(row["candidate_id"], Known(cohort=row["cohort"]))
@@ -145,18 +145,11 @@ class Ties:
         self._store, self._seed = store, seed
 
     def __call__(self, winner: str, stopped: Mapping[str, int]) -> list[str]:
-        losses: dict[tuple[str, int], dict[int, float]] = {}
-        for row in self._store.read("sequence_losses").to_pylist():
-            if row["phase"] == "search":
-                losses.setdefault((row["subject"], row["tokens"]), {})[row["sequence"]] = row["loss"]
+        losses = sequence_losses(self._store)
         differences = {
-            name: _in_order(losses[name, tokens]) - _in_order(losses[winner, tokens])
+            name: losses[name, "search", tokens] - losses[winner, "search", tokens]
             for name, tokens in stopped.items()
         }
         found = intervals(np.stack(list(differences.values()), axis=1), seed=self._seed)
         # One that was even ahead of the winner there has not been told from it either.
         return [name for name, interval in zip(differences, found, strict=True) if interval.low <= 0]
-
-
-def _in_order(losses: Mapping[int, float]) -> np.ndarray:
-    return np.array([losses[sequence] for sequence in sorted(losses)])

@@ -11,6 +11,7 @@ from minitron_ray.plan import Plan
 from minitron_ray.results.schemas import TABLES
 from minitron_ray.search.cohorts import Cohorts
 from minitron_ray.search.halving import Fate
+from minitron_ray.stages.choice import search_rows
 from minitron_ray.stages.context import Context
 
 _MEASURED: Final = ("tokens", "val_loss", "val_divergence", "train_loss", "seconds")
@@ -32,10 +33,9 @@ class Record:
         self._checkpoints, self._keep_stopped = checkpoints, keep_stopped
         self._shapes = {row.candidate.id: row.row() for row in plan.feasible}
         self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for row in context.run.store.read("trials").to_pylist():
-            if row["origin"] in (None, "search"):
-                own = {name: value for name, value in row.items() if name not in ("experiment", "run_id")}
-                self._rows[row["candidate_id"]].append(own)
+        for row in search_rows(context.run.store):
+            own = {name: value for name, value in row.items() if name not in ("experiment", "run_id")}
+            self._rows[row["candidate_id"]].append(own)
         for rows in self._rows.values():
             rows.sort(key=lambda row: int(row["rung"]))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from minitron_ray.results.store import Store
 
-EXPERIMENT = """
+HEAD = """
 name: tiny
 precision: float32
 teacher: {path: ./model}
@@ -24,6 +24,12 @@ data:
   sequence_length: 32
   calibration: 8
   validation: 8
+"""
+"""Model and text of an experiment without anything to do."""
+
+EXPERIMENT = (
+    HEAD
+    + """\
 budget: {parameters: 75k, tolerance: 10%}
 search:
   space: {layers: 3..4, mlp: 48..96 by 16, heads: [3, 6]}
@@ -32,6 +38,7 @@ search:
   retrain: {tokens: 2048, rungs: 3, learning_rate: 3e-3}
 distill: {tokens: 64k, learning_rate: 3e-3}
 """
+)
 
 
 @dataclass(kw_only=True)

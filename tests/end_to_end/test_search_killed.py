@@ -12,19 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.desk import Desk
+from tests.end_to_end.desk import HEAD, Desk
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SEARCH = """
-name: tiny
-precision: float32
-teacher: {path: ./model}
-data:
-  source: {kind: files, path: "text/**/*.txt"}
-  sequence_length: 32
-  calibration: 8
-  validation: 8
+SEARCH = (
+    HEAD
+    + """\
 budget: {parameters: 75k, tolerance: 20%}
 search:
   space: {layers: 2..4, hidden: [36, 42, 48], mlp: 48..96 by 8, heads: [3, 6]}
@@ -32,6 +26,7 @@ search:
   keep: ties
   retrain: {tokens: 4096, rungs: 3, learning_rate: 3e-3}
 """
+)
 
 
 @pytest.fixture

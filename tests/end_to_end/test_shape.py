@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from minitron_ray.results.store import Store
-from tests.end_to_end.desk import EXPERIMENT, Desk
+from tests.end_to_end.desk import EXPERIMENT, HEAD, Desk
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-HEAD = EXPERIMENT[: EXPERIMENT.index("budget:")]
 SEARCH = EXPERIMENT[: EXPERIMENT.index("distill:")]
 SHAPE = "shape: {layers: 3, heads: 3, mlp: 64}\nexport: {dtype: float32}\n"
 LAYERS, HEADS, MLP = 3, 3, 64

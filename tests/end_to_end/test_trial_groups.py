@@ -9,19 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.desk import Desk
+from tests.end_to_end.desk import HEAD, Desk
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SEARCH = """
-name: tiny
-precision: float32
-teacher: {path: ./model}
-data:
-  source: {kind: files, path: "text/**/*.txt"}
-  sequence_length: 32
-  calibration: 8
-  validation: 8
+SEARCH = (
+    HEAD
+    + """\
 budget: {parameters: 75k, tolerance: 20%}
 search:
   space: {layers: 3..4, mlp: [64, 96]}
@@ -29,6 +23,7 @@ search:
   baselines: [largest_first, scratch]
   retrain: {tokens: 1024, rungs: 2, learning_rate: 3e-3}
 """
+)
 
 
 def run(desk: Desk) -> set[str]:
