@@ -7,7 +7,8 @@ memory, the kernel is told which rows come next, and the teacher's pages are let
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 
 SLICE_BYTES: Final = 2 * 2**20
 """Bytes of one slice of the student, at least one row: few enough to stay in the processor's cache."""
+_CUTTING: Final = 2
+"""Slices cut at a time: while one waits for the disk, another is computed."""
 _AHEAD: Final = 16
-"""Slices that the kernel reads while one is being cut."""
+"""Slices that the kernel reads while these are being cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +75,49 @@ def cut_slices(
     kind = torch_dtype(dtype)
     jobs = _jobs(family, teacher, student, kept, only, slice_bytes // kind.itemsize)
     with MappedWeights(source) as weights:
-        for job in _prefetched(jobs, weights):
-            tensor = weights.tensor(job.origin)
-            chosen = [_shifted(job.chosen[0], job.rows.start), *job.chosen[1:]]
-            out = select(tensor[job.rows.start : job.rows.stop], chosen)
-            if job.row.tensor.rescaled is not None:
-                out = job.row.tensor.rescaled(out, teacher, student)
-            out = out.detach().to(kind).contiguous()
-            if out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-                out = out.clone()
-            if not all_finite(out):
-                raise ConfigError(_why_not_finite(source, tensor, job, kind))
-            yield Slice(job.row.name, job.first, out)
-            del tensor
-            weights.release(job.origin, job.rows.start, job.rows.stop)
+
+        def cut(job: _Job) -> Slice:
+            return _cut(job, source, weights, teacher, student, kind)
+
+        yield from _in_order(cut, _prefetched(jobs, weights))
+
+
+def _cut(
+    job: _Job,
+    source: Checkpoint,
+    weights: MappedWeights,
+    teacher: Architecture,
+    student: Architecture,
+    kind: torch.dtype,
+) -> Slice:
+    tensor = weights.tensor(job.origin)
+    chosen = [_shifted(job.chosen[0], job.rows.start), *job.chosen[1:]]
+    out = select(tensor[job.rows.start : job.rows.stop], chosen)
+    if job.row.tensor.rescaled is not None:
+        out = job.row.tensor.rescaled(out, teacher, student)
+    out = out.detach().to(kind).contiguous()
+    if out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+        out = out.clone()
+    if not all_finite(out):
+        raise ConfigError(_why_not_finite(source, tensor, job, kind))
+    weights.release(job.origin, job.rows.start, job.rows.stop)
+    return Slice(job.row.name, job.first, out)
+
+
+def _in_order(cut: Callable[[_Job], Slice], jobs: Iterable[_Job]) -> Iterator[Slice]:
+    """`cut` of every job, in the order of the jobs; at an error no other is begun."""
+    running: deque[Future[Slice]] = deque()
+    with ThreadPoolExecutor(_CUTTING) as pool:
+        try:
+            for job in jobs:
+                running.append(pool.submit(cut, job))
+                if len(running) > 2 * _CUTTING:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
 
 
 def _jobs(
