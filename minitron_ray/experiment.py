@@ -17,7 +17,7 @@ from minitron_ray.core.kinds import Section, missing_choice, one_of
 from minitron_ray.core.units import Choices, Fraction, SequenceCount, TokenCount
 from minitron_ray.data import DataSource
 from minitron_ray.data.location import is_hub_id
-from minitron_ray.distillation import Loss, SignalKind
+from minitron_ray.distillation import Loss, SignalKind, StateLosses
 from minitron_ray.distillation.losses.forward_kl import ForwardKL
 from minitron_ray.distillation.signals.auto import Auto
 from minitron_ray.importance import DepthMetric, WidthMetric
@@ -33,6 +33,48 @@ from minitron_ray.search.serving import Serving
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
+class Optimization(Section):
+    """AdamW with warm-up and cosine decay by tokens, gradients clipped."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    minimum_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Fraction = 0.05
+    """Share of the tokens over which the rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest gradient norm."""
+    batch: SequenceCount = 4
+    """Sequences an optimizer step, over all workers."""
+
+    @model_validator(mode="after")
+    def _rates_in_order(self) -> Self:
+        if self.minimum_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"minimum_learning_rate {self.minimum_learning_rate} is above learning_rate {self.learning_rate}"
+            )
+        return self
+
+
+class Correction(Optimization):
+    """Fine-tuning of the whole teacher on the distillation text, by cross entropy, before it is scored, cut
+    or learnt from. It pays where the text is not like the teacher's own training data (paper's successor,
+    arXiv 2408.11796 §2.2)."""
+
+    tokens: TokenCount
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """A fifth of a usual peak rate, as there."""
+    checkpoint_every: TokenCount | None = None
+    """Tokens between checkpoints; a tenth of `tokens` if not set."""
+    validate_every: TokenCount | None = None
+    """Tokens between validations; a quarter of `tokens` if not set."""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What decides the weights: all but how often it is saved and measured."""
+        return self.model_dump(mode="json", exclude={"checkpoint_every", "validate_every"})
+
+
 class Teacher(Section):
     """The model to learn from, and to cut unless there is a `start`."""
 
@@ -45,6 +87,8 @@ class Teacher(Section):
     config: dict[str, Any] | str | None = None
     """The model's `config.json`, inline or as a file beside the experiment, for planning where the
     weights are not at hand. Checked against the real one once the weights are."""
+    correction: Correction | None = None
+    """Fine-tune it first, once for all experiments of this results folder that ask for the same; null: not."""
 
     @model_validator(mode="after")
     def _hub_id_has_a_revision(self) -> Self:
@@ -54,7 +98,7 @@ class Teacher(Section):
 
 class Start(Section):
     """The model that is cut, where it is not the teacher: another experiment's student, or any model that
-    shares the teacher's family and vocabulary. Name one of the two."""
+    shares the teacher's family and tokenizer. Name one of the two."""
 
     experiment: Name | None = None
     """Name of the experiment whose best exported student is cut: that of its newest finished run in the
@@ -239,36 +283,49 @@ class Space(Section):
         return self
 
 
-class Optimization(Section):
-    """AdamW with warm-up and cosine decay by tokens, gradients clipped."""
+def _known_intermediate(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        raise PydanticCustomError(
+            "unit_shape", "", {"expected": "auto or a list", "hint": "", "found": repr(value)}
+        )
+    return value
 
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    minimum_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    warmup: Fraction = 0.05
-    """Share of the tokens over which the rate rises from zero."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    """Largest gradient norm."""
-    batch: SequenceCount = 4
-    """Sequences an optimizer step, over all workers."""
+
+class Distillation(Optimization):
+    """What is learnt from the teacher."""
+
+    loss: Loss = ForwardKL()
+    intermediate: Annotated[
+        Literal["auto"] | tuple[StateLosses, ...], BeforeValidator(_known_intermediate)
+    ] = ()
+    """Hidden states that are to agree with the teacher's, beside the logits: a list of kinds, [] for none.
+    `auto` takes hidden_states and embedding for a student that has lost a quarter of the teacher's layers
+    or more, none for others."""
+    intermediate_weight: Literal["dynamic"] | Annotated[float, Field(gt=0)] = "dynamic"
+    """Of their loss; `dynamic` makes it as large as that of the logits (paper §3)."""
 
     @model_validator(mode="after")
-    def _rates_in_order(self) -> Self:
-        if self.minimum_learning_rate > self.learning_rate:
+    def _something_to_weigh(self) -> Self:
+        if not self.intermediate and self.intermediate_weight != "dynamic":
             raise ValueError(
-                f"minimum_learning_rate {self.minimum_learning_rate} is above learning_rate {self.learning_rate}"
+                f"intermediate_weight is {self.intermediate_weight}, but no hidden states are compared; leave it "
+                "out, or name some in intermediate"
             )
         return self
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything is learnt from the teacher: `auto` adds nothing to a loss that takes nothing of it."""
+        named = self.intermediate != "auto" and len(self.intermediate) > 0
+        return bool(self.loss.needs_teacher or named)
 
-class Retrain(Optimization):
+
+class Retrain(Distillation):
     """The short distillation every candidate gets before it is judged."""
 
     tokens: TokenCount = 16_384
     rungs: Annotated[int, Field(ge=1, le=16)] = 3
     """How often a trial reports and may be stopped: at tokens, tokens/reduction, ..."""
-    loss: Loss = ForwardKL()
 
 
 class Halving(Section):
@@ -334,6 +391,11 @@ class Search(Section):
     @field_validator("signal")
     @classmethod
     def _a_signal_that_the_loss_takes(cls, value: Any, info: ValidationInfo) -> Any:
+        if "retrain" in info.data and info.data["retrain"].intermediate and value.kind != "online":
+            raise ValueError(
+                f"search.retrain.intermediate compares hidden states, which no stored signal has; {value.kind} "
+                "is asked for here: take online, or leave search.retrain.intermediate out"
+            )
         if not value.sparse or "retrain" not in info.data:
             return value
         loss = info.data["retrain"].loss
@@ -345,11 +407,13 @@ class Search(Section):
         return value
 
 
-class Distill(Optimization):
+class Distill(Distillation):
     """The distillation of the chosen students."""
 
     tokens: TokenCount
-    loss: Loss = ForwardKL()
+    intermediate: Annotated[
+        Literal["auto"] | tuple[StateLosses, ...], BeforeValidator(_known_intermediate)
+    ] = "auto"
     checkpoint_every: TokenCount | None = None
     """Tokens between checkpoints; a tenth of `tokens` if not set."""
     validate_every: TokenCount | None = None

@@ -12,6 +12,7 @@ from minitron_ray.plan import Plan, check_same_model, distilled_tokens, make_pla
 from minitron_ray.stages import (
     baselines,
     choice,
+    correct,
     distill,
     evaluate,
     export,
@@ -49,11 +50,14 @@ def execute(context: Context, plan: Plan) -> None:
 
 
 def _stages(context: Context, plan: Plan, marks: dict[str, str]) -> None:
-    experiment, ready = context.experiment, context.ready
-    setting, validation = ready.setting, experiment.data.validation
+    experiment, validation = context.experiment, context.experiment.data.validation
     context.run.store.append("candidates", [row.row() for row in plan.rows], writer="space", sequence=0)
+    context.run.store.append("sources", list(context.ready.sources), writer="prepare", sequence=0)
     planned = cost_rows(context.cluster.settings, context.cache, plan)
     context.run.store.append("costs", planned, writer="plan", sequence=0)
+    if "correct" in plan.stages:
+        _correct(context, marks)
+    setting, inputs = context.ready.setting, context.ready.inputs
     context.stage(
         "importance",
         marks["importance"],
@@ -64,7 +68,7 @@ def _stages(context: Context, plan: Plan, marks: dict[str, str]) -> None:
     signal = context.stage(
         "teacher",
         marks["teacher"],
-        lambda: teacher.run(context, setting, ready.inputs),
+        lambda: teacher.run(context, setting, inputs),
         unit="sequences",
     )["folder"]
     chosen = _chosen(context, plan, marks, signal)
@@ -87,6 +91,18 @@ def _stages(context: Context, plan: Plan, marks: dict[str, str]) -> None:
             lambda: export.run(context, plan, setting, chosen, folders),
             students=chosen,
         )
+
+
+def _correct(context: Context, marks: dict[str, str]) -> None:
+    """What follows has the corrected teacher for a teacher."""
+    folder = context.stage(
+        "correct",
+        marks["correct"],
+        lambda: correct.run(context),
+        total=distilled_tokens(correct.training_of(context.experiment)),
+        unit="tokens",
+    )["folder"]
+    context.ready = correct.taught_by(context.ready, Path(folder))
 
 
 def _chosen(context: Context, plan: Plan, marks: dict[str, str], signal: str | None) -> list[str]:

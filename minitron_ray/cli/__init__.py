@@ -14,7 +14,9 @@ from minitron_ray.cli.report import report
 from minitron_ray.cli.run import run
 from minitron_ray.cli.runs import runs
 from minitron_ray.cli.schema import schema
+from minitron_ray.cli.submit import submit
 from minitron_ray.cli.validate import validate
+from minitron_ray.cli.watch import watch
 
 
 @click.group(cls=CommandLine, context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,5 +25,19 @@ def main() -> None:
     """Make a small language model out of a big one, from one YAML file."""
 
 
-for _command in (init, validate, plan, run, ablation, prune, report, query, runs, doctor, schema):
+for _command in (
+    init,
+    validate,
+    plan,
+    run,
+    submit,
+    watch,
+    ablation,
+    prune,
+    report,
+    query,
+    runs,
+    doctor,
+    schema,
+):
     main.add_command(_command)

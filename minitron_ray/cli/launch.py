@@ -19,6 +19,7 @@ from minitron_ray.ablation import is_ablation
 from minitron_ray.core.errors import ConfigError, Interrupted
 from minitron_ray.core.events import EventBus
 from minitron_ray.core.loading import load
+from minitron_ray.execution.other_files import refuse_cluster_starter
 from minitron_ray.execution.ray_start import check_reachable, cluster_address
 from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.execution.stop import StopSignal
@@ -26,7 +27,7 @@ from minitron_ray.experiment import Experiment
 from minitron_ray.plan import StartConfig, make_plan, run_fingerprint, stages_of
 from minitron_ray.results.cache import Cache
 from minitron_ray.results.run import Run
-from minitron_ray.results.runs import resolve_run
+from minitron_ray.results.runs import REHEARSED, resolve_run
 from minitron_ray.stages.start import NO_RUNS
 from minitron_ray.weights.fetch import given_config
 
@@ -41,6 +42,7 @@ class Loaded:
     base: Path
     source: bytes
     overrides: tuple[str, ...]
+    rehearsal: bool = False
 
 
 def read_experiments(paths: Iterable[Path], overrides: tuple[str, ...]) -> list[Loaded]:
@@ -78,12 +80,20 @@ def check_plan(loaded: Loaded) -> None:
 
 def cluster_settings(path: Path | None, address: str | None) -> ClusterSettings:
     """The cluster file's settings, with the address of the command line. Raises ConfigError."""
+    if path is not None:
+        refuse_cluster_starter(path)
     settings = load(path, ClusterSettings)[0] if path is not None else ClusterSettings()
     return settings if address is None else settings.model_copy(update={"address": address})
 
 
 def launch(
-    experiments: Iterable[Loaded], results: Path, settings: ClusterSettings, *, quiet: bool, as_json: bool
+    experiments: Iterable[Loaded],
+    results: Path,
+    settings: ClusterSettings,
+    *,
+    quiet: bool,
+    as_json: bool,
+    as_events: bool = False,
 ) -> None:
     """Drives a run of each in order, and prints its ranking; as JSON one list of those that ended well.
 
@@ -99,7 +109,7 @@ def launch(
     shown: list[Any] = []
     try:
         for loaded in experiments:
-            run = drive(loaded, results, settings, quiet=quiet, runs=runs)
+            run = drive(loaded, results, settings, quiet=quiet, runs=runs, as_events=as_events)
             runs[run.experiment] = run.run_id
             ranking = rank(resolve_run(results, run.run_id))
             if as_json:
@@ -118,6 +128,7 @@ def drive(
     *,
     quiet: bool,
     runs: Mapping[str, str] = NO_RUNS,
+    as_events: bool = False,
 ) -> Run:
     """Prepares, opens (or resumes) the run and drives it to its end, with a live view on stderr.
 
@@ -127,6 +138,7 @@ def drive(
     Raises what a stage raised; Interrupted when the user asked to stop.
     """
     from minitron_ray.execution.cluster import Cluster
+    from minitron_ray.execution.tokenizing import tokenizing
     from minitron_ray.pipeline import execute, plan_for
     from minitron_ray.report.live import open_view
     from minitron_ray.stages.context import Context
@@ -139,11 +151,23 @@ def drive(
     )
     try:
         with ExitStack() as stack:
-            events.add(stack.enter_context(open_view(sys.stderr, quiet=quiet, stages=stages_of(experiment))))
+            view = open_view(sys.stderr, quiet=quiet, as_events=as_events, stages=stages_of(experiment))
+            events.add(stack.enter_context(view))
             stack.enter_context(stop.installed())
             if address := cluster_address(settings):
                 check_reachable(address)  # before anything is fetched
-            ready = prepare(experiment, loaded.base, cache, events, stop, settings.micro_batch, runs)
+            with tokenizing(settings, results, events, stop) as spread:
+                ready = prepare(
+                    experiment,
+                    loaded.base,
+                    cache,
+                    events,
+                    stop,
+                    settings.micro_batch,
+                    runs,
+                    engine=settings.engine,
+                    spread=spread,
+                )
             plan = plan_for(experiment, loaded.base, ready)
             run = Run.open(
                 results,
@@ -153,9 +177,12 @@ def drive(
                 resolved=experiment.model_dump(mode="json"),
                 environment=environment(loaded.overrides),
                 stages=plan.stages,
+                rehearsal=loaded.rehearsal,
             )
             stack.enter_context(run.lock())
             events.add(run.log_event)
+            if run.rehearsal:
+                events.emit("note", text=f"this is {REHEARSED}")
             cluster = stack.enter_context(Cluster(settings, run.folder, events, stop))
             context = Context(
                 experiment=experiment,
@@ -169,7 +196,9 @@ def drive(
             execute(context, plan)
     except (Interrupted, KeyboardInterrupt):
         again = shlex.join(["minitron-ray", *sys.argv[1:]])
-        raise Interrupted(f"interrupted, nothing finished is lost; to go on, run it again: {again}") from None
+        raise stop.interruption(
+            f"interrupted, nothing finished is lost; to go on, run it again: {again}"
+        ) from None
     return run
 
 

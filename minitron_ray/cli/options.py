@@ -48,5 +48,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 """`as_json: bool`."""
 
 
+events_option = click.option(
+    "--events", "as_events", is_flag=True, help="Tell the run on stderr as lines of JSON, an event each."
+)
+"""`as_events: bool`."""
+
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say only what went wrong.")
 """`quiet: bool`."""

@@ -5,6 +5,7 @@
     ├── EnvironmentFailure     3  the machine, a package client or the Ray cluster is not usable
     ├── NotFound               4  no such run, table or candidate
     └── Interrupted          130  stopped by the user at a safe point
+        └── Terminated       143  likewise, by a SIGTERM
 
 A message is one line: what was found, where, the rule, and what to do next. Arguments go to
 `Exception.__init__` unchanged, so that an error survives pickling out of a Ray worker.
@@ -47,3 +48,9 @@ class Interrupted(MinitronError):
     """The user asked to stop; everything computed so far is kept."""
 
     exit_code = 130
+
+
+class Terminated(Interrupted):
+    """The same, where a scheduler or a node that goes away asked (SIGTERM)."""
+
+    exit_code = 143

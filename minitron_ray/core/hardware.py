@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,7 +31,19 @@ KINDS: Final[Mapping[str, DeviceKind]] = MappingProxyType(
         "b200": DeviceKind(flops=2250e12, memory=178 * 2**30),
     }
 )
-"""From the vendors' data sheets, without sparsity."""
+"""From the vendors' data sheets, without sparsity; of boards with the full power (SXM)."""
+_SLOWER: Final = ("pcie", "nvl")
+"""In the names of boards of the Hopper kinds that are slower than the ones above."""
+
+
+def peak_of(name: str) -> float | None:
+    """The peak in bfloat16, operations a second, of the device that its driver calls `name`
+    (`NVIDIA H100 80GB HBM3`). None for one that is not in `KINDS`."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    kind = next((kind for kind in KINDS if kind in words), None)
+    if kind is None or (kind.startswith("h") and any(word in _SLOWER for word in words)):
+        return None
+    return KINDS[kind].flops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

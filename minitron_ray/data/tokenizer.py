@@ -95,6 +95,41 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
+def check_same_tokenizer(teacher: Path, start: Path, names: tuple[str, str]) -> None:
+    """Raises ConfigError where two model folders' tokenizers give a text other ids, or ids that one of the
+    models has no row for; `names` is what to call the teacher and the model to cut. Special tokens that were
+    added to either do not count, and how many rows the embeddings are padded to does not either."""
+    if tokenizer_digest(teacher) == tokenizer_digest(start):
+        return
+    loaded = [load_tokenizer(folder) for folder in (teacher, start)]
+    theirs, own = (one.backend.get_vocab(with_added_tokens=False) for one in loaded)
+    if theirs == own:
+        _check_rows(loaded[0], loaded[1], names)
+        return
+    token = min(set(theirs.items()) ^ set(own.items()), key=lambda item: (item[1], item[0]))[0]
+    raise ConfigError(
+        f"start: the tokenizer of {names[1]} ({len(own):,} tokens) is not that of the teacher {names[0]} "
+        f"({len(theirs):,} tokens): {token!r} is {_numbered(own, token)} in it, and {_numbered(theirs, token)} in the "
+        "teacher's; start from a model with the teacher's tokenizer"
+    )
+
+
+def _check_rows(teacher: TextTokenizer, start: TextTokenizer, names: tuple[str, str]) -> None:
+    """The teacher's tokenizer makes the ids: each must have a row in both embeddings."""
+    ids = teacher.backend.get_vocab(with_added_tokens=True)
+    token = max(ids, key=lambda token: ids[token])
+    if ids[token] >= start.vocabulary:
+        raise ConfigError(
+            f"start: {names[1]} has {start.vocabulary:,} rows in its embedding, none for {token!r}, id {ids[token]} "
+            f"of the tokenizer of the teacher {names[0]} ({teacher.vocabulary:,} rows); start from a model with the "
+            "teacher's tokenizer"
+        )
+
+
+def _numbered(vocabulary: dict[str, int], token: str) -> str:
+    return f"id {vocabulary[token]}" if token in vocabulary else "no token"
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """transformers and huggingface_hub say nothing and draw no bars inside the block."""

@@ -3,15 +3,21 @@
     results/.cache/tokens/<digest>/
         tokens.arrow        Arrow IPC: FixedSizeList<uint32>[sequence_length], 1,024 rows a batch
         counts.json         documents, sequences, tokens, dropped tokens
+        parts.json          the same of each source, and whether the store ends where it had no more
+        content.sha256      of the tokens, only where the text is kept in an object store: the store's digest
 
 Documents are tokenised, ended with the end-of-text token, concatenated and cut: no padding, since
-padding would count as text in every score. What does not fill the last sequence is dropped.
+padding would count as text in every score. What does not fill the last sequence is dropped. A sequence
+is of one source. Little text is tokenised here, in one go; more of it in shards, by tasks where there are
+any, to the same bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +27,9 @@ import pyarrow as pa
 
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.core.fingerprint import digest
-from minitron_ray.data.source import Document, Source, TextSource, TokenSource
+from minitron_ray.data.packing import Group, Rows, Turns, rows_of_each
+from minitron_ray.data.shards import Here, Spread, Work, check_ids, encode, tokenize_shards
+from minitron_ray.data.source import MixedSource, Source, TextSource, TokenSource
 from minitron_ray.data.tokenizer import load_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -30,10 +38,15 @@ if TYPE_CHECKING:
 KIND: Final = "tokens"
 PACKING: Final = 1
 """Version of the rule by which documents become sequences; part of every store's digest."""
+LARGE: Final = 64 * 2**20
+"""Bytes of text from which on it is tokenised in shards."""
+_BYTES_A_TOKEN: Final = 4
+"""Of text, about: what a limit in tokens comes to."""
 _FILE: Final = "tokens.arrow"
 _COUNTS: Final = "counts.json"
+_PARTS: Final = "parts.json"
+_CONTENT: Final = "content.sha256"
 _ROWS: Final = 1024
-_BATCH_CHARACTERS: Final = 1 << 20
 
 
 class TokenStore:
@@ -52,13 +65,23 @@ class TokenStore:
     @property
     def digest(self) -> str:
         """64 hex digits that stand for every token in it and their order."""
-        return self.folder.name
+        content = self.folder / _CONTENT
+        return content.read_text(encoding="ascii") if content.is_file() else self.folder.name
 
     @cached_property
     def counts(self) -> dict[str, int]:
         """`documents` (rows of a `tokens` source), `sequences`, `tokens` in them, `dropped` tokens."""
         counts: dict[str, int] = json.loads((self.folder / _COUNTS).read_text(encoding="utf-8"))
         return counts
+
+    @cached_property
+    def parts(self) -> list[dict[str, Any]]:
+        """The counts of each source in it, in the mixture's order, and whether it `ended` the store."""
+        path = self.folder / _PARTS
+        if not path.is_file():  # made by an earlier version, which knew one source
+            return [{**self.counts, "ended": True}]
+        parts: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return parts
 
     @cached_property
     def sequence_length(self) -> int:
@@ -103,11 +126,13 @@ def build_tokens(
     minimum_sequences: int = 1,
     limit_sequences: int | None = None,
     progress: Callable[[int], None] = lambda sequences: None,
+    spread: Spread | None = None,
 ) -> TokenStore:
     """The store of a source, from the cache or built now, at most `limit_sequences` long.
 
-    `progress` is called with the number of sequences written so far. Raises ConfigError where the
-    source gives fewer than `minimum_sequences`, holds ids that the model does not know, or can't be read.
+    `progress` is called with the number of sequences written so far. `spread` are the tasks that tokenise
+    much text; without them this process does. Raises ConfigError where the source gives fewer than
+    `minimum_sequences`, holds ids that the model does not know, or can't be read.
     """
     identity = {
         "source": source.identity(base, cache),
@@ -116,131 +141,169 @@ def build_tokens(
         "limit_sequences": limit_sequences,
         "packing": PACKING,
     }
+    build = _Build(
+        tokenizer=tokenizer_folder, length=sequence_length, base=base, cache=cache, progress=progress
+    )
 
     def fill(folder: Path) -> None:
-        writer = _Writer(folder / _FILE, sequence_length, limit_sequences, identity, progress)
+        parts = build.parts(source, limit_sequences, spread)
+        weights = source.weights if isinstance(source, MixedSource) else (1.0,)
+        writer = _Writer(folder / _FILE, sequence_length, identity, progress, hashed=not source.by_content)
         with writer:
-            for ids in _ids(source, tokenizer_folder, sequence_length, base, cache):
-                if not writer.append(ids):
-                    break
-        (folder / _COUNTS).write_text(json.dumps(writer.counts()), encoding="utf-8")
+            ended = _pack(parts, weights, limit_sequences, writer)
+        counts = [{**rows.counts(), "ended": number == ended} for number, rows in enumerate(parts)]
+        names = ("documents", "sequences", "tokens", "dropped")
+        total = {name: sum(part[name] for part in counts) for name in names}
+        (folder / _COUNTS).write_text(json.dumps(total), encoding="utf-8")
+        (folder / _PARTS).write_text(json.dumps(counts), encoding="utf-8")
+        if writer.checksum is not None:
+            (folder / _CONTENT).write_text(writer.checksum.hexdigest(), encoding="ascii")
 
     describe = {"kind": source.kind, **identity}  # type: ignore[attr-defined]  # every plug-in has a kind
     store = TokenStore(cache.ensure(KIND, digest(identity), describe, fill))
     if len(store) < minimum_sequences:
-        raise ConfigError(
-            f"the text gives {len(store):,} sequences of {sequence_length} tokens, {minimum_sequences:,} are "
-            "needed; add text, or lower data.calibration, data.validation or data.sequence_length"
-        )
+        raise ConfigError(_too_little(source, store, sequence_length, minimum_sequences))
     return store
 
 
-def _ids(
-    source: Source, tokenizer_folder: Path, length: int, base: Path, cache: Cache
-) -> Iterator[np.ndarray]:
-    """Token ids a document, or a row of tokens that exist already; checked against the vocabulary."""
-    tokenizer = load_tokenizer(tokenizer_folder)
-    if isinstance(source, TextSource):
-        texts = _batches(source.documents(base, cache))
-        rows: Iterable[np.ndarray] = (ids for batch in texts for ids in tokenizer.encode(batch))
-    else:
-        assert isinstance(source, TokenSource)
-        rows = _whole_rows(source.sequences(base, cache), length)
-    for number, ids in enumerate(rows, start=1):
-        if ids.min() < 0 or ids.max() >= tokenizer.vocabulary:
-            raise ConfigError(
-                f"row or document {number} of the text holds token id {_worst(ids)}, the model's vocabulary "
-                f"has {tokenizer.vocabulary:,} entries; the tokens or the tokenizer belong to another model"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Build:
+    """What the parts of a store are made with."""
+
+    tokenizer: Path
+    length: int
+    base: Path
+    cache: Cache
+    progress: Callable[[int], None]
+
+    def parts(self, source: Source, limit: int | None, spread: Spread | None) -> list[Rows]:
+        """The rows of each source of a mixture, or of the one there is; none is read further than needed."""
+        sources, needed = [source], [limit]
+        if isinstance(source, MixedSource):
+            sources = list(source.sources)
+            needed = [None] * len(sources) if limit is None else [*rows_of_each(source.weights, limit)]
+        texts = [(s, n) for s, n in zip(sources, needed, strict=True) if isinstance(s, TextSource)]
+        sharded = sum(self._size(text, rows) for text, rows in texts) > LARGE
+        found = []
+        for one, rows in zip(sources, needed, strict=True):
+            if isinstance(one, TokenSource):
+                groups = self._rows_as_they_stand(one)
+            else:
+                assert isinstance(one, TextSource)
+                groups = self._sharded(one, rows, spread) if sharded else self._read(one)
+            found.append(Rows(groups, self.length, rows))
+        return found
+
+    def _size(self, source: TextSource, rows: int | None) -> float:
+        """Bytes of text to tokenise, about, as far as it matters."""
+        most = float("inf") if rows is None else float(rows * self.length * _BYTES_A_TOKEN)
+        size = 0.0
+        if most <= 0:
+            return size
+        for shard in source.shards(self.base, self.cache):
+            size += float("inf") if shard.size is None else shard.size
+            if size >= min(most, LARGE + 1):
+                break
+        return min(size, most)
+
+    def _read(self, source: TextSource) -> Iterator[Group]:
+        yield from encode(source.documents(self.base, self.cache), load_tokenizer(self.tokenizer))
+
+    def _sharded(self, source: TextSource, rows: int | None, spread: Spread | None) -> Iterator[Group]:
+        work = Work(
+            text=digest([source.identity(self.base, self.cache), tokenizer_digest(self.tokenizer)]),
+            tokenizer=self.tokenizer.resolve(),
+            cache=self.cache,
+            length=self.length,
+            needed=None if rows is None else rows * self.length,
+        )
+        here = Here(report=lambda kind, *, done, **fields: self.progress(done))
+        shards = source.shards(self.base, self.cache)
+        tokenized = tokenize_shards(shards, work, spread or here)
+        return (group for shard in tokenized if (group := shard.group()) is not None)
+
+    def _rows_as_they_stand(self, source: TokenSource) -> Iterator[Group]:
+        """Rows are not cut, hence of exactly one length."""
+        vocabulary = load_tokenizer(self.tokenizer).vocabulary
+        for number, ids in enumerate(source.sequences(self.base, self.cache), start=1):
+            if len(ids) != self.length:
+                raise ConfigError(
+                    f"row {number} of the tokens has {len(ids):,} ids, data.sequence_length is "
+                    f"{self.length}; rows are used as they stand, so set data.sequence_length to their length"
+                )
+            check_ids([ids], vocabulary, number - 1)
+            yield Group.of([ids])
+
+
+def _pack(parts: Sequence[Rows], weights: Sequence[float], limit: int | None, writer: _Writer) -> int | None:
+    """Writes the rows of the parts in turns, up to the limit or until one has no more; which one that was."""
+    turns, written = Turns(weights), 0
+    while limit is None or written < limit:
+        order = turns.take(_ROWS if limit is None else min(_ROWS, limit - written))
+        places = [np.flatnonzero(order == number) for number in range(len(parts))]
+        lacking = {}
+        for number, (rows, mine) in enumerate(zip(parts, places, strict=True)):
+            if (ready := rows.ready(len(mine))) < len(mine):
+                lacking[int(mine[ready])] = number
+        stop = min(lacking, default=len(order))
+        block = np.empty((stop, writer.length), dtype=np.uint32)
+        for rows, mine in zip(parts, places, strict=True):
+            mine = mine[mine < stop]
+            block[mine] = rows.take(len(mine))
+        writer.write(block)
+        written += stop
+        if lacking:
+            return lacking[stop]
+    return None
+
+
+def _too_little(source: Source, store: TokenStore, length: int, minimum: int) -> str:
+    text = (
+        f"the text gives {len(store):,} sequences of {length} tokens, {minimum:,} are needed; add text, or "
+        "lower data.calibration, data.validation or data.sequence_length"
+    )
+    if isinstance(source, MixedSource):
+        for number in (number for number, part in enumerate(store.parts) if part["ended"]):
+            text += (
+                f"; the mixture ends where data.source.parts[{number}] ({source.sources[number].title}) has no "
+                f"more ({store.parts[number]['sequences']:,} sequences): add to that text, or lower its weight"
             )
-        yield ids
-
-
-def _whole_rows(rows: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """Rows used as they stand, hence of exactly one length."""
-    for number, ids in enumerate(rows, start=1):
-        if len(ids) != length:
-            raise ConfigError(
-                f"row {number} of the tokens has {len(ids):,} ids, data.sequence_length is {length}; rows "
-                "are used as they stand, so set data.sequence_length to their length"
-            )
-        yield ids
-
-
-def _worst(ids: np.ndarray) -> int:
-    return int(ids.min() if ids.min() < 0 else ids.max())
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    """Texts in groups of about a megabyte, enough to keep the tokenizer's threads busy."""
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document.text)
-        size += len(document.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    return text
 
 
 class _Writer:
-    """Packs ids into sequences and streams them to an Arrow file, holding one record batch."""
+    """Streams rows to an Arrow file, in batches of `_ROWS` but for the last."""
 
     def __init__(
         self,
         path: Path,
         length: int,
-        limit: int | None,
         identity: dict[str, Any],
         progress: Callable[[int], None],
+        *,
+        hashed: bool = False,
     ) -> None:
         schema = pa.schema([pa.field("input_ids", pa.list_(pa.uint32(), length), nullable=False)])
         self._schema = schema.with_metadata({"minitron_ray": json.dumps(identity, sort_keys=True)})
-        self._path, self._length, self._limit, self._progress = path, length, limit, progress
-        self._buffer = np.empty(_ROWS * length, dtype=np.uint32)
-        self._used = self._written = self._documents = self._tokens = 0
+        self._path, self._progress, self._written = path, progress, 0
+        self.length = length
+        self.checksum = hashlib.sha256(f"{length}:".encode()) if hashed else None
 
     def __enter__(self) -> _Writer:
         self._file = pa.ipc.new_file(str(self._path), self._schema)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._flush()
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def append(self, ids: np.ndarray) -> bool:
-        """Adds one document or row; whether there is room for more."""
-        self._documents += 1
-        self._tokens += len(ids)
-        start = 0
-        while start < len(ids):
-            piece = ids[start : start + self._buffer.size - self._used]
-            self._buffer[self._used : self._used + len(piece)] = piece
-            self._used += len(piece)
-            start += len(piece)
-            if self._used == self._buffer.size:
-                self._flush()
-        return self._limit is None or self._written + self._used // self._length < self._limit
-
-    def counts(self) -> dict[str, int]:
-        tokens = self._written * self._length
-        return {
-            "documents": self._documents,
-            "sequences": self._written,
-            "tokens": tokens,
-            "dropped": self._tokens - tokens,
-        }
-
-    def _flush(self) -> None:
-        rows = self._used // self._length
-        if self._limit is not None:
-            rows = min(rows, self._limit - self._written)
-        if rows:
-            flat = pa.array(self._buffer[: rows * self._length])
-            column = pa.FixedSizeListArray.from_arrays(flat, self._length)
-            self._file.write_batch(pa.record_batch([column], schema=self._schema))
-            self._written += rows
-            self._progress(self._written)
-        self._used = 0
+    def write(self, rows: np.ndarray) -> None:
+        """uint32 (rows, length); only the last call may bring fewer than `_ROWS`."""
+        if not len(rows):
+            return
+        assert self._written % _ROWS == 0, "a batch that is not full is the last"
+        column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), self.length)
+        self._file.write_batch(pa.record_batch([column], schema=self._schema))
+        if self.checksum is not None:
+            self.checksum.update(rows.astype("<u4").tobytes())
+        self._written += len(rows)
+        self._progress(self._written)

@@ -2,19 +2,26 @@
 
 The gradients are formed in the forward pass: the plain computation's four matrix products, and
 never a (tokens x vocabulary) matrix of either model. (Recomputing the projections in the backward
-pass instead would cost two products more.)
+pass instead would cost two products more.) Two buffers of a chunk's logits are used again and again;
+on a CPU the loss goes through them a few rows at a time, which stay in the processor's cache.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.targets import SparseTargets
-from minitron_ray.weights.vocabulary import capped, chunks
+from minitron_ray.weights.vocabulary import capped, common_rows
+
+_CHUNK: Final = {"cpu": 2**23, "cuda": 2**27}
+"""Logits of one model held at once: 32 MiB in float32 on a CPU, 512 MiB on a GPU."""
+_ROWS: Final = {"cpu": 2**18}
+"""Logits that the loss sees at once: on a CPU the megabyte of each buffer stays in the cache."""
 
 
 class _FusedHead(torch.autograd.Function):
@@ -31,49 +38,123 @@ class _FusedHead(torch.autograd.Function):
         dtype: torch.dtype,
         softcap: float | None,
         teacher_softcap: float | None,
-    ) -> Tensor:
-        training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        states, weight = hidden.to(dtype), head.to(dtype)
-        teacher_weight = None if teacher_head is None else teacher_head.to(dtype)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        states_gradient = torch.empty_like(hidden, dtype=torch.float32) if training else None
-        weight_gradient = torch.zeros_like(head, dtype=torch.float32) if training else None
+    ) -> tuple[Tensor, Tensor]:
+        head_pass = _Pass(hidden, head, teacher_hidden, teacher_head, sparse, labels, loss, dtype)
+        head_pass.softcap, head_pass.teacher_softcap = softcap, teacher_softcap
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in chunks(len(states), len(weight), states.device):
-                logits = capped((states[part] @ weight.T).float(), softcap)
-                # The loss may overwrite the logits.
-                slope = None if softcap is None or not training else 1 - (logits / softcap) ** 2
-                if sparse is not None:
-                    values, gradient = loss.sparse_value_and_gradient(logits, sparse.part(part), labels[part])
-                else:
-                    teacher_logits = None
-                    if loss.needs_teacher and teacher_hidden is not None and teacher_weight is not None:
-                        raw = (teacher_hidden[part].to(dtype) @ teacher_weight.T).float()
-                        teacher_logits = capped(raw, teacher_softcap)
-                    values, gradient = loss.value_and_gradient(logits, teacher_logits, labels[part])
-                total += values.sum()
-                if states_gradient is not None and weight_gradient is not None:
-                    gradient = (gradient if slope is None else gradient * slope).to(dtype)
-                    states_gradient[part] = gradient @ weight
-                    weight_gradient += gradient.T @ states[part]
-        if training:
-            ctx.save_for_backward(states_gradient, weight_gradient)
-            ctx.dtypes = hidden.dtype, head.dtype
-        return total
+            values, gradients = head_pass.run(ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
+        ctx.gradients, ctx.dtypes = gradients, (hidden.dtype, head.dtype)
+        ctx.mark_non_differentiable(values)
+        return values.sum(), values
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        states_gradient, weight_gradient = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("the fused head's gradients are gone: its backward pass can run once")
+        (states, weight), ctx.gradients = ctx.gradients, None
         hidden_dtype, head_dtype = ctx.dtypes
-        scale = outer[0]
-        return (
-            (states_gradient * scale).to(hidden_dtype),
-            (weight_gradient * scale).to(head_dtype),
-            *(None,) * 8,
-        )
+        # In place: nobody else has them, and the head's is the largest tensor of all.
+        return (states.mul_(outer[0]).to(hidden_dtype), weight.mul_(outer[0]).to(head_dtype), *(None,) * 8)
 
 
-def fused_head_loss(
+class _Pass:
+    """One forward pass over all tokens, (tokens, ...) each."""
+
+    softcap: float | None = None
+    teacher_softcap: float | None = None
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
+        sparse: SparseTargets | None,
+        labels: Tensor,
+        loss: DistillationLoss,
+        dtype: torch.dtype,
+    ) -> None:
+        self._states, self._head = hidden.to(dtype), head.to(dtype)
+        self._sparse, self._labels, self._loss = sparse, labels, loss
+        self._teacher_states, self._teacher_head = None, None
+        if sparse is None and loss.needs_teacher and teacher_hidden is not None and teacher_head is not None:
+            self._teacher_states, self._teacher_head = teacher_hidden, teacher_head.to(dtype)
+        size = _CHUNK.get(hidden.device.type, _CHUNK["cpu"]) // len(head)
+        self._chunk = max(1, min(len(hidden), max(64, size)))
+        self._rows = max(1, _ROWS[hidden.device.type] // len(head)) if hidden.device.type in _ROWS else None
+
+    def run(self, training: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Each token's loss, float32, and the gradients of their sum by hidden states and head, float32."""
+        states, head = self._states, self._head
+        count, size = len(states), (self._chunk, len(head))
+        logits = torch.empty(size, dtype=torch.float32, device=states.device)
+        others = torch.empty_like(logits) if self._teacher_states is not None else None
+        values = torch.empty(count, dtype=torch.float32, device=states.device)
+        if training:
+            by_states = torch.empty(states.shape, dtype=torch.float32, device=states.device)
+            by_head = torch.empty(head.shape, dtype=torch.float32, device=states.device)
+        for start in range(0, count, self._chunk):
+            part = slice(start, min(start + self._chunk, count))
+            own = _logits(states[part], head, logits)
+            theirs = None
+            if others is not None and self._teacher_states is not None and self._teacher_head is not None:
+                theirs = _logits(self._teacher_states[part].to(head.dtype), self._teacher_head, others)
+            for rows in _slices(len(own), self._rows):
+                at = slice(start + rows.start, start + rows.stop)
+                values[at] = self._loss_of(own[rows], None if theirs is None else theirs[rows], at, training)
+            if training:
+                gradient = own.to(head.dtype)
+                _product(by_states[part], gradient, head, add=False)
+                _product(by_head, gradient.T, states[part], add=start > 0)
+        if not training:
+            return values, None
+        return values, (by_states, by_head if count else by_head.zero_())
+
+    def _loss_of(self, raw: Tensor, teacher: Tensor | None, at: slice, training: bool) -> Tensor:
+        """The loss of some rows, whose gradient by the raw logits takes their place."""
+        logits = capped(raw, self.softcap)
+        slope = None if self.softcap is None or not training else 1 - (logits / self.softcap) ** 2
+        labels = self._labels[at]
+        if self._sparse is not None:
+            values, gradient = self._loss.sparse_value_and_gradient(logits, self._sparse.part(at), labels)
+        else:
+            others = None if teacher is None else capped(teacher, self.teacher_softcap)
+            values, gradient = self._loss.value_and_gradient(logits, others, labels)
+        if training:
+            raw.copy_(gradient if slope is None else gradient * slope)
+        return values
+
+
+def _slices(count: int, size: int | None) -> Iterator[slice]:
+    """All of `count` rows in slices of at most `size`; None is one slice."""
+    step = size or max(1, count)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def _logits(states: Tensor, head: Tensor, buffer: Tensor) -> Tensor:
+    """Float32 logits of a chunk in the beginning of `buffer`."""
+    out = buffer[: len(states)]
+    return torch.mm(states, head.T, out=out) if head.dtype == out.dtype else out.copy_(states @ head.T)
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+    """left · right into `out`, or added to it, which is float32."""
+    if left.dtype != out.dtype:
+        product = left @ right
+        _ = out.add_(product) if add else out.copy_(product)
+    elif add:
+        out.addmm_(left, right)
+    else:
+        torch.mm(left, right, out=out)
+
+
+def fused_head_loss(*arguments: Any, **named: Any) -> Tensor:
+    """`fused_head_losses` without what each sequence has of it."""
+    return fused_head_losses(*arguments, **named)[0]
+
+
+def fused_head_losses(
     hidden: Tensor,
     head: Tensor,
     input_ids: Tensor,
@@ -84,28 +165,33 @@ def fused_head_loss(
     softcap: float | None = None,
     teacher_softcap: float | None = None,
     sparse: SparseTargets | None = None,
-) -> Tensor:
-    """The loss summed over the predictions of a batch, float32 scalar; differentiable by `hidden` and `head`.
+    vocabulary: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss summed over the predictions of a batch, float32 scalar, differentiable by `hidden` and `head`
+    once; and that of each sequence, float32 (samples,), which is not.
 
     `hidden` (samples, tokens, hidden) and `head` (vocabulary, hidden) are the student's,
-    `teacher_hidden` and `teacher_head` the teacher's (another hidden size, the same vocabulary).
+    `teacher_hidden` and `teacher_head` the teacher's (another hidden size, the same vocabulary). Of heads
+    that are padded to unlike numbers of rows the first `vocabulary` count, None for all: the others have
+    no logits and no gradient.
     Each sequence of T tokens has T - 1 predictions. The soft caps are of either model's logits.
     `sparse` stands for the teacher in place of `teacher_hidden`: (samples, tokens - 1, slots).
     """
+    head, teacher_head = common_rows(head, vocabulary), common_rows(teacher_head, vocabulary)
     flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     flat_teacher = None
     if teacher_hidden is not None:
         flat_teacher = teacher_hidden[:, :-1].reshape(-1, teacher_hidden.shape[-1])
-    labels = input_ids[:, 1:].reshape(-1)
-    return _FusedHead.apply(
+    total, values = _FusedHead.apply(
         flat,
         head,
         flat_teacher,
         teacher_head,
         None if sparse is None else sparse.flat(),
-        labels,
+        input_ids[:, 1:].reshape(-1),
         loss,
         dtype,
         softcap,
         teacher_softcap,
     )
+    return total, values.view(len(hidden), -1).sum(-1)

@@ -7,11 +7,13 @@ and each goes through its share `micro_batch` sequences at a time.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,13 +22,19 @@ from torch import Tensor, nn
 
 from minitron_ray.core.errors import MinitronError
 from minitron_ray.data.batches import rank_slice
-from minitron_ray.distillation.fused_head import fused_head_loss
 from minitron_ray.distillation.loss import DistillationLoss
+from minitron_ray.distillation.objective import Objective
 from minitron_ray.distillation.schedule import Schedule
-from minitron_ray.distillation.targets import SparseTargets
+from minitron_ray.distillation.sharding import begin_pass
+from minitron_ray.distillation.state_loss import Intermediate
 from minitron_ray.distillation.teacher import TeacherSignal
-from minitron_ray.weights.device import autocast
+from minitron_ray.weights.device import peak_memory
 from minitron_ray.weights.headless import Headless
+
+MOST_SKIPPED: Final = 2
+"""Steps in a row that may be skipped; one more ends the training."""
+_NAMED: Final = 8
+"""Sequences of a batch that an error names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +49,8 @@ class Recipe:
     weight_decay: float
     betas: tuple[float, float]
     clip: float
+    intermediate: Intermediate | None = None
+    """Hidden states that are to agree as well; the teacher must run for them."""
 
     @property
     def steps(self) -> int:
@@ -74,10 +84,20 @@ class Step:
     step: int
     tokens: int
     loss: float
+    """Of all terms. Not finite where `skipped`, or the gradient norm is not."""
+    logit_loss: float
+    intermediate_loss: float | None
+    """L_is before its weight; None where hidden states are not compared."""
     gradient_norm: float
     learning_rate: float
     tokens_per_second: float
+    """Over forward, backward and update: what the caller does between two steps does not count."""
     stop_requested: bool
+    skipped: int = 0
+    """0 where the weights were updated; else how many steps in a row, with this one, were not, because
+    loss or gradient was not finite."""
+    memory: int = 0
+    """Most bytes that a worker's device held so far, see `peak_memory`."""
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
@@ -88,7 +108,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas)
+    fused = any(p.is_cuda for p in decayed)  # one kernel instead of some dozen passes over the state
+    return torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas, fused=fused or None)
 
 
 def train(
@@ -100,12 +121,33 @@ def train(
     share: Share,
     first_step: int = 1,
     stop_requested: Callable[[], bool] = lambda: False,
+    skipped: int = 0,
 ) -> Iterator[Step]:
     """Train from `first_step` to the recipe's last, yielding after every optimizer step.
 
-    Rank 0's `stop_requested` is asked once a step and its answer reaches every rank with the loss.
-    Raises MinitronError when loss or gradient is not finite.
+    Every rank's `stop_requested` is asked once a step, and a yes of any reaches all of them with the loss.
+    A step whose loss or gradient is not finite is skipped: weights and optimizer stay as they were, and
+    its tokens count as seen. `skipped` is how many in a row were, right before `first_step`. Raises
+    MinitronError at the third in a row, with what is needed to look at its batch.
     """
+    objective = Objective(student, teacher, recipe.loss, recipe.intermediate, share.dtype)
+    with closing(objective):
+        yield from _steps(
+            student, optimizer, objective, data, recipe, share, first_step, stop_requested, skipped
+        )
+
+
+def _steps(
+    student: Headless,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    data: Data,
+    recipe: Recipe,
+    share: Share,
+    first_step: int,
+    stop_requested: Callable[[], bool],
+    skipped: int,
+) -> Iterator[Step]:
     student.train()
     per_step = recipe.batch * recipe.sequence_length
     for step in range(first_step, recipe.steps + 1):
@@ -114,74 +156,102 @@ def train(
         rate = recipe.schedule.rate(min((step - 0.5) * per_step, recipe.schedule.tokens))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = _accumulate(student, teacher, data, data.batch(step), recipe, share)
+        batch = data.batch(step)
+        losses = _accumulate(student, objective, data, batch, recipe, share)
         norm = nn.utils.clip_grad_norm_(student.parameters(), recipe.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        total, stop = _across_ranks(loss, stop_requested(), share)
-        if not (math.isfinite(total) and math.isfinite(float(norm))):
-            raise MinitronError(
-                f"loss {total} and gradient norm {float(norm)} at step {step} are not finite; "
-                f"lower learning_rate (now {recipe.schedule.peak}) or raise warmup"
-            )
-        optimizer.step()
+        totals = _across_ranks(losses, norm, stop_requested(), share)
+        if math.isfinite(totals.loss) and math.isfinite(totals.norm):
+            skipped = 0
+            optimizer.step()
+        else:
+            skipped += 1
         optimizer.zero_grad(set_to_none=True)
         yield Step(
             step=step,
             tokens=step * per_step,
-            loss=total,
-            gradient_norm=float(norm),
+            loss=totals.loss,
+            logit_loss=totals.logits,
+            intermediate_loss=totals.intermediate if recipe.intermediate is not None else None,
+            gradient_norm=totals.norm,
             learning_rate=rate,
             tokens_per_second=per_step / (time.perf_counter() - started),
-            stop_requested=stop,
+            stop_requested=totals.stop,
+            skipped=skipped,
+            memory=totals.memory,
         )
+        if skipped > MOST_SKIPPED:
+            raise MinitronError(_never_finite(step, skipped, totals, batch, data, recipe))
+
+
+def _never_finite(
+    step: int, skipped: int, totals: _Totals, batch: np.ndarray, data: Data, recipe: Recipe
+) -> str:
+    tokens = np.ascontiguousarray(data.sequences(batch), dtype="<i8")
+    digest = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
+    named = ", ".join(map(str, batch[:_NAMED].tolist()))
+    more = f" and {len(batch) - _NAMED} more" if len(batch) > _NAMED else ""
+    return (
+        f"loss {totals.loss} and gradient norm {totals.norm} at step {step} are not finite, as in the "
+        f"{skipped - 1} steps before it, none of which changed the weights; step {step} is of training "
+        f"sequences {named}{more} (sha256 of their tokens {digest}); lower learning_rate (now "
+        f"{recipe.schedule.peak}) or raise warmup"
+    )
 
 
 def _accumulate(
-    student: Headless,
-    teacher: TeacherSignal | None,
-    data: Data,
-    batch: np.ndarray,
-    recipe: Recipe,
-    share: Share,
+    student: Headless, objective: Objective, data: Data, batch: np.ndarray, recipe: Recipe, share: Share
 ) -> Tensor:
-    """Gradients of this rank's share of `batch`; returns its part of the mean loss, float32 scalar."""
+    """Gradients of this rank's share of `batch`; returns its part of the mean loss, of the logits' alone and
+    of the hidden states', float32 (3,)."""
     mine = rank_slice(batch, share.rank, share.world)
     # Every rank makes the same number of forward passes: under FSDP each is a collective.
     largest = math.ceil(len(batch) / share.world)
     starts = range(0, largest, share.micro_batch)
     predictions = len(batch) * (recipe.sequence_length - 1)
-    total = torch.zeros((), device=share.device)
-    sync = getattr(student, "set_requires_gradient_sync", None)
+    totals = torch.zeros(3, device=share.device)
     for start in starts:
-        if sync is not None:
-            sync(start == starts[-1])
+        begin_pass(student, share.device, last=start == starts[-1])
         indices = mine[start : start + share.micro_batch]
         weight = 1.0 if len(indices) else 0.0  # a rank without a sequence keeps step with the others
         indices = indices if len(indices) else batch[:1]
         ids = torch.from_numpy(data.sequences(indices)).to(share.device)
-        targets = teacher.targets(indices.tolist(), ids) if teacher and recipe.loss.needs_teacher else None
-        use = partial(
-            fused_head_loss,
-            input_ids=ids,
-            loss=recipe.loss,
-            dtype=share.dtype,
-            teacher_hidden=targets if isinstance(targets, Tensor) else None,
-            teacher_head=teacher.head if teacher and isinstance(targets, Tensor) else None,
-            sparse=targets if isinstance(targets, SparseTargets) else None,
-            softcap=student.softcap,
-            teacher_softcap=teacher.softcap if teacher else None,
-        )
-        with autocast(share.device, share.dtype):
-            loss = student(ids, use) * (weight / predictions)
+        terms = objective.terms(indices.tolist(), ids)
         # FSDP averages gradients over ranks; the mean over the global batch is a sum of parts.
-        (loss * share.world).backward()
-        total += loss.detach()
-    return total
+        (terms[0] * (weight / predictions * share.world)).backward()
+        totals += torch.stack([term.detach() for term in terms]) * (weight / predictions)
+    return totals
 
 
-def _across_ranks(loss: Tensor, stop: bool, share: Share) -> tuple[float, bool]:
-    message = torch.stack([loss, loss.new_tensor(float(stop))])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Totals:
+    """What every rank learns of a step."""
+
+    loss: float
+    logits: float
+    intermediate: float
+    norm: float
+    stop: bool
+    memory: int
+
+
+def _across_ranks(losses: Tensor, norm: Tensor, stop: bool, share: Share) -> _Totals:
+    """`losses` are this rank's part of all, the logits' and the hidden states', `norm` is the same on all
+    ranks. One exchange, and one wait for the device."""
+    # Of a peak memory float32 would lose the last bytes, of a sum of losses the last digits.
+    rest = torch.tensor([float(stop), float(peak_memory(share.device))], dtype=torch.float64)
+    mine = torch.cat([losses.double(), norm.double().reshape(1), rest.to(share.device)])
+    every = mine.new_empty(share.world, len(mine))
     if share.world > 1:
-        dist.all_reduce(message)
-    total, stops = message.tolist()
-    return total, stops > 0
+        dist.all_gather_into_tensor(every.view(-1), mine)  # gloo takes no output of two dimensions
+    else:
+        every[0] = mine
+    whole, logits, states, norms, stops, peaks = every.cpu().T.tolist()
+    return _Totals(
+        loss=sum(whole),
+        logits=sum(logits),
+        intermediate=sum(states),
+        norm=norms[0],
+        stop=any(stops),
+        memory=int(max(peaks)),
+    )

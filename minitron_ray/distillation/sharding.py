@@ -1,13 +1,20 @@
-"""Spread a student over the workers with FSDP2: parameters, gradients and optimizer state in shards."""
+"""Spread a model over the workers with FSDP2: parameters, gradients and optimizer state in shards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from minitron_ray.distillation.engine import Engine
 
 
 class Sharding:
@@ -15,16 +22,31 @@ class Sharding:
     for every layer, then `rest` for the whole model. All ranks must, with the same weights.
 
     Weights that are on the CPU come to the device unit by unit, so that no device ever holds the whole
-    model. On a GPU a layer's parameters are dropped again after its forward pass, to make room; on a
-    CPU, where gathering costs more than memory, they stay until the backward pass is over.
+    model. Float32 weights stay so in their shards, where the optimizer sees them; gathered for a pass
+    they are `dtype`, the one of matrix products, and the gradients are summed in float32 again.
+
+    On a GPU a layer's parameters are dropped again after its forward pass, to make room; on a CPU,
+    where gathering costs more than memory, they stay until the step is over. One rank that computes in
+    float32 has nothing to share and nothing to convert: its model stays as it is.
     """
 
-    def __init__(self, world: int, device: torch.device) -> None:
-        self._mesh = init_device_mesh(device.type, (world,))
+    def __init__(
+        self,
+        world: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        engine: Engine | None = None,
+    ) -> None:
+        self._engine = engine or Engine()
+        self._needed = world > 1 or dtype != torch.float32
         self._drop = device.type == "cuda"
+        self._policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        self._mesh = init_device_mesh(device.type, (world,)) if self._needed else None
 
     def layer(self, layer: nn.Module) -> None:
-        fully_shard(layer, mesh=self._mesh, reshard_after_forward=self._drop)
+        prepare_layer(layer, self._engine)
+        if self._needed:
+            fully_shard(layer, mesh=self._mesh, reshard_after_forward=self._drop, mp_policy=self._policy)
 
     def whole(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
         """`model`, whose decoder layers are `layers`."""
@@ -33,4 +55,64 @@ class Sharding:
         self.rest(model)
 
     def rest(self, model: nn.Module) -> None:
-        fully_shard(model, mesh=self._mesh, reshard_after_forward=False)
+        if self._needed:
+            fully_shard(model, mesh=self._mesh, reshard_after_forward=False, mp_policy=self._policy)
+
+
+class FrozenSharding:
+    """The same for a model that only runs forward, in the type that its weights have.
+
+    Gathered weights are dropped after each unit's pass, on any device: nobody comes back for them. The
+    head stays whole on every rank, once, because the loss needs all of it for every chunk of tokens.
+    """
+
+    def __init__(self, world: int, device: torch.device) -> None:
+        self._mesh = init_device_mesh(device.type, (world,))
+
+    def layer(self, layer: nn.Module) -> None:
+        fully_shard(layer, mesh=self._mesh, reshard_after_forward=True)
+
+    def rest(self, model: nn.Module, head: nn.Parameter) -> None:
+        fully_shard(model, mesh=self._mesh, reshard_after_forward=True, ignored_params={head})
+
+
+def prepare_layer(layer: nn.Module, engine: Engine) -> None:
+    """Lets a decoder layer run forward as `engine` says. Before it is sharded: hooks stay outside."""
+    if not (engine.recompute or engine.compiled):
+        return
+    forward = inspect.unwrap(type(layer).forward)
+    if engine.compiled:
+        forward = _compiled(forward)
+    layer.forward = _Forward(layer, forward, recompute=engine.recompute)
+
+
+@cache
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """One for all layers of a class: they have the same sizes, and so the same code."""
+    return torch.compile(forward, dynamic=False)
+
+
+class _Forward:
+    """A layer's forward pass. Does not hold the layer, which would then outlive its last use."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any], *, recompute: bool) -> None:
+        self._layer, self._forward, self._recompute = weakref.ref(layer), forward, recompute
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        layer = self._layer()
+        assert layer is not None
+        if self._recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, layer, *args, use_reentrant=False, **options)
+        return self._forward(layer, *args, **options)
+
+
+def begin_pass(model: nn.Module, device: torch.device, *, last: bool) -> None:
+    """Before each forward pass of a step; `last` is the step's last one. Nothing for a model in one piece.
+
+    On a CPU gathered weights and whole gradients stay until the last pass. On a GPU gradients are
+    summed after every pass, beside the backward computation: whole ones would not fit.
+    """
+    if not isinstance(model, FSDPModule) or device.type == "cuda":
+        return
+    model.set_requires_gradient_sync(last)
+    model.set_reshard_after_backward(last)

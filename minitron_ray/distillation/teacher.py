@@ -26,6 +26,7 @@ from minitron_ray.distillation.signal import StoredSignal
 from minitron_ray.distillation.signals.final_hidden import FinalHidden
 from minitron_ray.distillation.targets import SparseTargets
 from minitron_ray.weights.headless import Headless, final_hidden
+from minitron_ray.weights.vocabulary import common_rows
 
 EXACT: Final = FinalHidden()
 """The signal that losses are measured with."""
@@ -38,8 +39,8 @@ Targets: TypeAlias = Tensor | SparseTargets
 
 
 class TeacherSignal(Protocol):
-    """What the student learns from. `head` is the LM head's weight, (vocabulary, hidden), `softcap` the soft
-    cap of its logits."""
+    """What the student learns from. `head` is the LM head's weight, (vocabulary, hidden), without rows that
+    the student's has not; `softcap` the soft cap of its logits."""
 
     @property
     def head(self) -> Tensor: ...
@@ -55,13 +56,12 @@ class TeacherSignal(Protocol):
 
 
 class OnlineTeacher:
-    """Runs the teacher on each batch. Its parameters are frozen, in the dtype of the computation."""
+    """Runs the teacher on each batch. Its parameters are frozen, in the dtype of the computation, and spread
+    over the workers or not, but for the head, of which the first `vocabulary` rows count (None: all)."""
 
-    def __init__(self, model: Headless) -> None:
-        self._model = model
-        head = model.head.detach()
-        # Sharded models hold their head in parts; the loss needs it whole.
-        self._head = head.full_tensor() if hasattr(head, "full_tensor") else head
+    def __init__(self, model: Headless, vocabulary: int | None = None) -> None:
+        self.model = model
+        self._head = common_rows(model.head.detach(), vocabulary)
 
     @property
     def head(self) -> Tensor:
@@ -69,11 +69,11 @@ class OnlineTeacher:
 
     @property
     def softcap(self) -> float | None:
-        return self._model.softcap
+        return self.model.softcap
 
     @torch.no_grad()
     def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
-        return self._model(input_ids, final_hidden)
+        return self.model(input_ids, final_hidden)
 
     def targets(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
         return self.hidden(indices, input_ids)
@@ -173,15 +173,17 @@ def compute_block(
     dtype: torch.dtype,
     batch: int,
     seed: int,
+    vocabulary: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Run the teacher on a block's sequences and write what its signal keeps to `folder`.
 
     `sequences(indices)` gives the tokens, int64 (n, tokens); `progress` is called with the number of
-    sequences done so far. Final hidden states are rounded to `dtype`, that of the computation.
+    sequences done so far. Final hidden states are rounded to `dtype`, that of the computation. Probabilities
+    are over the first `vocabulary` rows of the LM head, None for all.
     """
     device, numbers = teacher.head.device, np.asarray(block.sequences, dtype=np.int64)
-    head = teacher.head.detach().to(dtype)
+    head = common_rows(teacher.head.detach(), vocabulary).to(dtype)
 
     def batches() -> Iterator[dict[str, NDArray]]:
         for start in range(0, len(numbers), batch):

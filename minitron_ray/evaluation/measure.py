@@ -63,12 +63,14 @@ def measure(
     teacher_hidden: Callable[[Sequence[int], Tensor], Tensor] | None = None,
     teacher_head: Tensor | None = None,
     teacher_softcap: float | None = None,
+    vocabulary: int | None = None,
     rank: int = 0,
     world: int = 1,
     progress: Callable[[int], None] = lambda sequences: None,
 ) -> Measurement:
     """Measure `subject` on `sequences`, int64 (n, tokens), named `indices` to the teacher; where it is
-    None, the teacher itself by what it gives for `teacher_hidden`.
+    None, the teacher itself by what it gives for `teacher_hidden`. Distributions are over the first
+    `vocabulary` rows of the LM heads, None for all.
 
     With `world` > 1 every rank must call; each takes its share, and all get the whole result.
     """
@@ -96,6 +98,7 @@ def measure(
             dtype=dtype,
             softcap=teacher_softcap if subject is None else subject.softcap,
             teacher_softcap=teacher_softcap,
+            vocabulary=vocabulary,
         )
         with torch.no_grad(), autocast(device, dtype):
             if subject is None:

@@ -9,8 +9,10 @@ import os
 for _name, _value in {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints a configuration box otherwise, whatever its verbosity
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s would be added to every start and end
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s would be added to every start, end and loss of a worker
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",  # a group that can't be placed is tried again by us
+    # A worker that answers nothing for so long is lost: its node hangs, or the network to it is cut.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our tables are the record
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is StopSignal's
     "RAY_AUTH_MODE": "token",

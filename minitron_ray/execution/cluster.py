@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 
 from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError
 from minitron_ray.core.events import EventBus
+from minitron_ray.execution.nodes import check_nodes
 from minitron_ray.execution.ray_start import cluster_address, keep_logs, link_logs, start_ray
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
@@ -34,14 +35,25 @@ class GroupSize:
 class Cluster:
     """A context: Ray is started (or joined) at the first call, and left when the block ends."""
 
-    def __init__(self, settings: ClusterSettings, folder: Path, events: EventBus, stop: StopSignal) -> None:
-        """`folder` is the run's: Ray's own state goes to `ray/` in it, its output to `logs/`."""
+    def __init__(
+        self,
+        settings: ClusterSettings,
+        folder: Path,
+        events: EventBus,
+        stop: StopSignal,
+        shared: Path | None = None,
+    ) -> None:
+        """`folder` is the run's: Ray's own state goes to `ray/` in it, its output to `logs/`. `shared` is what
+        every node must see; it is `folder` unless given."""
         self.settings = settings
         self.events = events
         self.stop = stop
         self.folder = folder
+        self.shared = folder if shared is None else shared
         self._hub: Any = None
         self._session: Path | None = None
+        self._range: tuple[int, int] | None = None
+        self._each: Resources | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -78,6 +90,8 @@ class Cluster:
                 self._session = Path(str(info["session_dir"]))
                 link_logs(self._session, self.folder / "logs")
             self._hub = Hub(self.events.emit)
+            if address is not None:
+                check_nodes(self.shared)
             self.workers(), self.trial_group()  # what does not fit is said before anything is computed
         return self._hub
 
@@ -90,7 +104,10 @@ class Cluster:
         return int(self._total("CPU"))
 
     def worker(self) -> Resources:
-        return self._checked("worker", self.settings.worker or self._fair())
+        """What each worker reserves: found once, so that it stays when nodes come and go."""
+        if self._each is None:
+            self._each = self._checked("worker", self.settings.worker or self._fair())
+        return self._each
 
     def trial(self) -> Resources:
         return self._checked("trial", self.settings.trial or self._fair())
@@ -103,15 +120,41 @@ class Cluster:
         return Resources(cpus=max(1, min(int(largest), self.cpus // 2)))
 
     def workers(self) -> int:
-        """How many processes distill."""
-        workers = self.settings.workers or self.gpus or min(2, self.cpus)
-        each = self.worker()
-        if workers > _room(each):
+        """How many processes distill, as of now: of a range as many as there is room for."""
+        least, most = self.worker_range()
+        each, room = self.worker(), self.room()
+        if least > room:
             raise EnvironmentFailure(
-                f"{workers} workers of {each.cpus} CPUs and {each.gpus} GPUs do not fit a cluster of {self.cpus} "
+                f"{least} workers of {each.cpus} CPUs and {each.gpus} GPUs do not fit a cluster of {self.cpus} "
                 f"CPUs and {self.gpus} GPUs; lower `workers` in the cluster file"
             )
-        return workers
+        return min(most, room)
+
+    def worker_range(self) -> tuple[int, int]:
+        """The least and the most processes that distill together; the cluster's choice is made once."""
+        if self._range is None:
+            chosen = self.gpus or min(2, self.cpus)
+            self._range = self.settings.worker_range or (chosen, chosen)
+        return self._range
+
+    def room(self) -> int:
+        """How many workers fit on the nodes that there are now, were nothing else on them."""
+        return _room(self.worker())
+
+    def reconnect(self) -> None:
+        """After the cluster's head was lost: joins the one that answers at the same address, or starts Ray
+        here again. Raises EnvironmentFailure where nothing answers."""
+        import ray
+
+        if self._hub is not None:
+            self._hub.abandon()
+            self._hub = None
+        ray.shutdown()
+        assert self.hub is not None
+
+    def alive(self) -> bool:
+        """Whether Ray still answers."""
+        return self._hub is not None and self._hub.answers()
 
     def trial_group(self) -> GroupSize | None:
         """What a search trial of several processes is made of; None where it is one.
@@ -155,6 +198,17 @@ class Cluster:
         reporters = self.hub.part_reporters(len(parts))
         calls = [(part, *arguments, report) for part, report in zip(parts, reporters, strict=True)]
         return self._run(function, calls, self.worker(), at_once=self.workers())
+
+    @property
+    def one_thread(self) -> bool:
+        """What is spread has one processor each."""
+        return True
+
+    def spread(self, function: Callable[..., Any], parts: Sequence[Any], *arguments: Any) -> list[Any]:
+        """The same with one CPU each and no device, `settings.tokenizers` at a time: for text."""
+        reporters = self.hub.part_reporters(len(parts))
+        calls = [(part, *arguments, report) for part, report in zip(parts, reporters, strict=True)]
+        return self._run(function, calls, Resources(), at_once=self.settings.tokenizers or self.cpus)
 
     def map_groups(self, function: Callable[..., Any], parts: Sequence[Any], *arguments: Any) -> list[Any]:
         """The same for a function that has each part done by a `trial_group` and waits for it: it reserves

@@ -10,30 +10,40 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
+from minitron_ray.core.errors import EnvironmentFailure
+
 _PUSH_INTERVAL_S = 0.25
 _DRAIN_INTERVAL_S = 0.2
+_ANSWER_S = 10.0
 
 
 class _Mailbox:
     def __init__(self) -> None:
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._stop = False
+        self._regroup: str | None = None
 
-    def push(self, events: list[tuple[str, dict[str, Any]]]) -> bool:
+    def push(self, events: list[tuple[str, dict[str, Any]]]) -> tuple[bool, str | None]:
         self._events.extend(events)
-        return self._stop
+        return self._stop, self._regroup
 
-    def drain(self) -> list[tuple[str, dict[str, Any]]]:
+    def drain(self, keep: bool = False) -> list[tuple[str, dict[str, Any]]]:
+        if keep:
+            return []
         events, self._events = self._events, []
         return events
 
     def request_stop(self) -> None:
         self._stop = True
+
+    def request_regroup(self, group: str) -> None:
+        self._regroup = group
 
 
 class Reporter:
@@ -43,13 +53,16 @@ class Reporter:
         """`part` says of which piece of work this is which part: the stage's progress is told with it."""
         self._mailbox = mailbox
         self._part = part
+        self._last_told = 0.0  # not the last push: asking for a stop would then drop most progress
         self._last_push = 0.0
         self._stop = False
+        self._regroup: str | None = None
 
     def __call__(self, kind: str, **fields: Any) -> None:
         """Tell the driver; progress only if it was told nothing for a quarter of a second."""
-        told_just_now = time.monotonic() - self._last_push < _PUSH_INTERVAL_S
+        told_just_now = time.monotonic() - self._last_told < _PUSH_INTERVAL_S
         if not (kind.endswith("_progress") and told_just_now):
+            self._last_told = time.monotonic()
             of_part = self._part is not None and kind == "stage_progress"
             self._push([(kind, fields | ({"part": self._part} if of_part else {}))])
 
@@ -59,8 +72,13 @@ class Reporter:
             self._push([])
         return self._stop
 
+    def regroup_requested(self, group: str) -> bool:
+        """Whether that group of workers should end at its next checkpoint, to begin again as a larger one."""
+        self.stop_requested()
+        return self._regroup == group
+
     def _push(self, events: list[tuple[str, dict[str, Any]]]) -> None:
-        self._stop = ray.get(self._mailbox.push.remote(events))
+        self._stop, self._regroup = ray.get(self._mailbox.push.remote(events))
         self._last_push = time.monotonic()
 
 
@@ -90,6 +108,22 @@ class Hub:
     def request_stop(self) -> None:
         self._mailbox.request_stop.remote()
 
+    def request_regroup(self, group: str) -> None:
+        """For the group of that name."""
+        self._mailbox.request_regroup.remote(group)
+
+    def answers(self) -> bool:
+        """Whether the mailbox is alive, and with it the node where Ray was started."""
+        try:
+            ray.get(self._mailbox.drain.remote(keep=True), timeout=_ANSWER_S)
+        except (ray.exceptions.RayError, ConnectionError, RuntimeError):
+            return False
+        return True
+
+    def abandon(self) -> None:
+        """Ends the thread of a mailbox that is lost."""
+        self._closing.set()
+
     def close(self) -> None:
         self._closing.set()
         self._thread.join(timeout=5)
@@ -100,8 +134,8 @@ class Hub:
             closing = self._closing.wait(_DRAIN_INTERVAL_S)  # once more after the end
             try:
                 events = ray.get(self._mailbox.drain.remote())
-            except ray.exceptions.RayError:
-                return  # the cluster is gone; the call that runs on it says so
+            except (ray.exceptions.RayError, ConnectionError, RuntimeError):
+                return  # the cluster is gone, or left; the call that runs on it says so
             for kind, fields in events:
                 if part := fields.pop("part", None):
                     work, number = part
@@ -109,4 +143,5 @@ class Hub:
                         continue
                     self._done[number] = fields["done"]
                     fields["done"] = sum(self._done.values())
-                self._emit(kind, **fields)
+                with suppress(EnvironmentFailure):  # a full disk: those who compute will say so
+                    self._emit(kind, **fields)

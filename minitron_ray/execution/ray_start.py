@@ -6,8 +6,12 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +32,12 @@ def start_ray(address: str | None) -> dict[str, Any]:
 
     Raises EnvironmentFailure when the address does not answer or the cluster refuses.
     """
-    _private_token()
+    private_token()
     if address is not None:
         check_reachable(address)
     import ray
 
-    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    quieten_ray()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL", "configure_logging": True}
     local: dict[str, Any] = {
         "include_dashboard": True,  # Train's clean-up asks it which placement groups are left
@@ -42,7 +45,7 @@ def start_ray(address: str | None) -> dict[str, Any]:
         "_node_ip_address": "127.0.0.1",
     }
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _signals_kept():
             warnings.simplefilter("ignore")
             context = ray.init(address=address or "local", **quiet, **({} if address else local))
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -52,6 +55,24 @@ def start_ray(address: str | None) -> dict[str, Any]:
             f"{where} could not be reached: {reason}; see `minitron-ray doctor`"
         ) from None
     return dict(context.address_info)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray makes a SIGTERM end the process that joins a cluster; here it is `StopSignal`'s."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def quieten_ray() -> None:
+    """Ray's loggers of this process say nothing: what matters is raised."""
+    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def link_logs(session: Path, logs: Path) -> None:
@@ -73,7 +94,7 @@ def keep_logs(session: Path, logs: Path) -> None:
             shutil.copyfile(source, copy)
 
 
-def _private_token() -> None:
+def private_token() -> None:
     """Ray's cluster token, readable by its owner only. Ray itself would create it readable by all."""
     if "RAY_AUTH_TOKEN" in os.environ or os.environ.get("RAY_AUTH_MODE") != "token":
         return
@@ -98,16 +119,28 @@ def _private_token() -> None:
 
 def check_reachable(address: str) -> None:
     """Raises EnvironmentFailure where nobody listens. Ray itself retries for half a minute before it says so."""
-    if address == "auto" or "://" in address:
+    if address == "auto":
         return
+    if "://" in address:
+        raise EnvironmentFailure(
+            f"Ray address {address!r}: a run joins a cluster from one of its nodes, at host:port; from elsewhere "
+            "hand it over with `minitron-ray submit`"
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise EnvironmentFailure(f"Ray address {address!r} is not host:port, for example 127.0.0.1:6379")
+    check_listening(
+        host,
+        int(port),
+        f"the Ray cluster at {address}",
+        "start it with `ray start --head`, or leave the address out to run on this machine",
+    )
+
+
+def check_listening(host: str, port: int, what: str, remedy: str) -> None:
+    """Raises EnvironmentFailure, which says `what` and `remedy`, where nobody answers within five seconds."""
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         reason = error.strerror or "no answer within 5 s"
-        raise EnvironmentFailure(
-            f"the Ray cluster at {address} does not answer ({reason}); "
-            "start it with `ray start --head`, or leave the address out to run on this machine"
-        ) from None
+        raise EnvironmentFailure(f"{what} does not answer ({reason}); {remedy}") from None

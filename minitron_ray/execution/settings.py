@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from minitron_ray.core.bounds import ByteCount
 from minitron_ray.core.hardware import KINDS, UTILIZATION, Hardware, rate_text
 from minitron_ray.core.kinds import Section
-from minitron_ray.core.units import Count
+from minitron_ray.core.units import Count, show
+from minitron_ray.distillation.engine import Engine
+
+_RANGE: Final = re.compile(r"(\d{1,6})\s*\.\.\s*(\d{1,6})")
+
+
+def _workers(value: Any) -> int | str:
+    """A number from 1, or `least..most` in its shortest form; a range of one number is that number."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    match = _RANGE.fullmatch(str(value).strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise PydanticCustomError(
+            "workers",
+            "expected a number of workers from 1 (2), or the least and the most of them (1..8), found {found}",
+            {"found": show(value)},
+        )
+    least, most = int(match[1]), int(match[2])
+    return least if least == most else f"{least}..{most}"
+
+
+Workers = Annotated[int | str, BeforeValidator(_workers, json_schema_input_type=int | str)]
+"""`2`, or `1..8`: as many as there is room for between the two, from moment to moment."""
 
 
 class Resources(Section):
@@ -48,10 +72,14 @@ class Devices(Section):
             raise ValueError(f"give a kind ({', '.join(KINDS)}) or flops")
         return self
 
+    @property
+    def peak(self) -> float:
+        """Operations a second of one device."""
+        return float(self.flops or (KINDS[self.kind].flops if self.kind else 0))
+
     def hardware(self) -> Hardware:
         """The same as a plan needs it."""
-        known = None if self.kind is None else KINDS[self.kind]
-        peak = float(self.flops or (known.flops if known else 0))
+        known, peak = None if self.kind is None else KINDS[self.kind], self.peak
         return Hardware(
             name=self.kind or "device",
             count=self.count,
@@ -61,13 +89,33 @@ class Devices(Section):
         )
 
 
+class CheckpointSettings(Section):
+    """How the checkpoints of a distillation are kept. When they are made is the experiment's
+    (`distill.checkpoint_every`)."""
+
+    keep: Annotated[int, Field(ge=1)] = 2
+    """The newest so many."""
+    asynchronous: bool = True
+    """Written by a thread from a copy in the CPU's memory while training goes on; false: training waits."""
+
+
 class ClusterSettings(Section):
     """Which Ray cluster, and how much of it each part of a run takes. Null means: as the cluster allows."""
 
     address: str | None = None
     """`host:port` of a running cluster; null starts Ray on this machine."""
-    workers: Annotated[int, Field(ge=1)] | None = None
-    """Processes of the distillation; null: one a GPU, else two, or one on a single CPU."""
+    jobs: str | None = None
+    """`http://host:port` of the cluster's job server, for `submit` and `watch`; null: port 8265 of this
+    machine, where a tunnel to the cluster's head ends."""
+    python: Annotated[str, Field(min_length=1)] = "python"
+    """The interpreter on the head node that has minitron-ray, for `submit`."""
+    workers: Workers | None = None
+    """Processes of the distillation; null: one a GPU, else two, or one on a single CPU. A range (`1..8`)
+    goes on with fewer when a node is lost, and takes new ones in at a checkpoint."""
+    wait_for_workers: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds that a distillation waits where there is room for less than the least number of workers."""
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    """Of the distillation."""
     worker: Resources | None = None
     """What each of them reserves; null: one GPU where there are any, else half of the CPUs."""
     trial: Resources | None = None
@@ -77,8 +125,19 @@ class ClusterSettings(Section):
     device does not hold."""
     concurrent_trials: Annotated[int, Field(ge=1)] | None = None
     """Search trials at the same time; null: as many as fit."""
+    tokenizers: Annotated[int, Field(ge=1)] | None = None
+    """Tasks of one CPU that tokenise more than 64 MiB of text; null: one a CPU. 1: no tasks, and no Ray for
+    it; the process of the command does it."""
     micro_batch: Annotated[int, Field(ge=1)] = 4
     """Sequences a forward pass; the optimizer's batch is made of as many passes as it needs."""
+    activation_checkpointing: bool = False
+    """Whether students in training keep of each layer its input alone and run it forward again for the
+    backward pass: memory for a third more time."""
+    compile: bool = False
+    """Whether the layers of a student that is distilled go through torch.compile; trials are too short."""
+    teacher: Literal["auto", "whole", "sharded"] = "auto"
+    """Whether each worker of a group holds the whole running teacher, or a shard of it. `auto` shards one
+    that would take more than 10 % of the memory that is free on the fullest device."""
     devices: Devices | None = None
     """What `plan` counts device-hours for; null: what `plan --probe` once measured on this machine."""
     storage: str | None = None
@@ -95,3 +154,21 @@ class ClusterSettings(Section):
                 f"trial_workers to as many devices as a trial needs"
             )
         return self
+
+    @property
+    def engine(self) -> Engine:
+        """What of it the training loop needs."""
+        return Engine(
+            recompute=self.activation_checkpointing,
+            compiled=self.compile,
+            teacher=self.teacher,
+            peak=None if self.devices is None else self.devices.peak,
+        )
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """The least and the most workers; None where the cluster decides."""
+        if self.workers is None:
+            return None
+        least, _, most = str(self.workers).partition("..")
+        return int(least), int(most or least)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from minitron_ray.core.errors import Interrupted
+from minitron_ray.core.errors import Interrupted, Terminated
 
 
 class StopSignal:
@@ -17,6 +17,7 @@ class StopSignal:
     def __init__(self, announce: Callable[[], None] = lambda: None) -> None:
         self._event = threading.Event()
         self._announce = announce
+        self._terminated = False
 
     @property
     def requested(self) -> bool:
@@ -26,6 +27,10 @@ class StopSignal:
         """Raises Interrupted if the user asked to stop."""
         if self.requested:
             raise Interrupted("stopped by request")
+
+    def interruption(self, message: str) -> Interrupted:
+        """How the program ends: as after Ctrl-C, or as after a SIGTERM if that was what came first."""
+        return Terminated(message) if self._terminated else Interrupted(message)
 
     def request(self) -> None:
         self._event.set()
@@ -38,6 +43,7 @@ class StopSignal:
             # Nothing else: the main thread may hold any lock and be amid any write.
             if self.requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
+            self._terminated |= number == signal.SIGTERM and not self.requested
             self.request()
 
         ended = threading.Event()

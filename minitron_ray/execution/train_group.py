@@ -1,24 +1,47 @@
-"""A group of workers under Ray Train, each running the same function on its rank."""
+"""A group of workers under Ray Train, each running the same function on its rank, until it is done.
+
+Every attempt is a Ray Train run of its own, of a fixed size; between two of them nothing of the group is
+left but what the function saved. That is how a lost worker, a lost node, a lost controller and a node that
+joined are all the same thing: the next attempt, with as many workers as there is room for.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import ray
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.exceptions import RayTrainError
 
-from minitron_ray.core.errors import MinitronError
+from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError
 from minitron_ray.execution.cluster import Cluster, GroupSize, root_cause
+from minitron_ray.execution.termination import TerminableTorch, terminated
 from minitron_ray.execution.threads import with_threads
 
-_RESTARTS = 2
-_START_ATTEMPTS = 5
+FAILURES: Final = 5
+"""In a row, without anything saved between them, before a group is given up."""
+_GROW_AFTER_S = 5.0
+"""For so long there must be room for more workers before a group is asked to begin again with them."""
+_LOOK_S = 1.0
+_LOSSES: Final = (ray.exceptions.RayError, ray.train.TrainingFailedError, RayTrainError)
+"""What Ray says of a lost worker, node or controller, or of a group that could not be placed."""
+_RETRIED: Final = (*_LOSSES, RuntimeError, OSError)
+"""The same, and how it looks to the other workers in the middle of a collective operation."""
+
+
+def _silent(kind: str, **fields: Any) -> None:
+    """The report of every rank but 0."""
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,99 +53,293 @@ class Worker:
     device: torch.device
     report: Callable[..., None]
     stop_requested: Callable[[], bool]
+    """Whether to save and return as soon as possible: the user asked, or this process was told to end."""
+    stopped_by_user: Callable[[], bool] = _never
+    """On rank 0, whether it is the user who asked."""
+    regroup_requested: Callable[[], bool] = _never
+    """On rank 0, whether to return `Again` at the next checkpoint, since there is room for more workers."""
 
 
-def run_group(cluster: Cluster, function: Callable[[Any, Worker], Any], job: Any) -> Any:
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Returned by a function that saved what it did and is to be called again, by a group made anew."""
+
+    reason: str
+
+
+def run_group(
+    cluster: Cluster,
+    function: Callable[[Any, Worker], Any],
+    job: Any,
+    saved: Callable[[], int] = lambda: 0,
+) -> Any:
     """`function(job, worker)` on every worker; returns what rank 0 returned.
 
-    A lost worker restarts the group, and the function must go on from what it saved. Raises what a
-    worker raised.
+    A lost worker, node or Ray Train controller makes a new group, of the workers that there is room for,
+    and the function must go on from what it saved; so does `Again`. `saved` tells how much that is:
+    as long as it grows between them there may be any number of failures.
+
+    Raises what a worker raised, where that says more than that another was lost; EnvironmentFailure
+    after `FAILURES` in a row with nothing saved, or where there is no room for the least number of
+    workers for `wait_for_workers` seconds.
     """
-    size = GroupSize(workers=cluster.workers(), each=cluster.worker(), storage=cluster.storage.resolve())
-    return _fit(_trainer(size, function, job, cluster.hub.reporter()), cluster)
+    return _Attempts(cluster, function, job, saved).run()
 
 
 def run_group_in_trial(
     size: GroupSize, function: Callable[[Any, Worker], Any], job: Any, reporter: Any
 ) -> Any:
-    """The same from within a search trial's process, which reserves nothing itself. A stop reaches the
-    workers through `reporter`."""
-    return _fit(_trainer(size, function, job, reporter), None)
+    """The same from within a search trial's process, with a fixed size and a few attempts. It reserves
+    nothing itself. A stop reaches the workers through `reporter`."""
+    for attempt in range(1, FAILURES + 1):
+        try:
+            return _Fit(_trainer(_name(), size, function, job, reporter), None).wait()
+        except _RETRIED as error:
+            if not _lost(error, size.workers) or attempt == FAILURES or reporter.stop_requested():
+                raise _cause(error) from error
+    raise AssertionError("unreachable")
+
+
+class _Attempts:
+    """One after the other, with what is remembered between them."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        function: Callable[[Any, Worker], Any],
+        job: Any,
+        saved: Callable[[], int],
+    ) -> None:
+        self._cluster, self._function, self._job, self._saved = cluster, function, job, saved
+        self._failures, self._reached, self._last = 0, saved(), ""
+
+    def run(self) -> Any:
+        while True:
+            workers = self._workers()
+            try:
+                value = self._attempt(workers)
+            except _RETRIED as error:
+                if not _lost(error, workers):
+                    raise _told(_cause(error)) from error
+                self._count(error)
+                continue
+            if not isinstance(value, Again):
+                return value
+            self._say(f"{value.reason}; the workers begin again from what is saved")
+
+    def _attempt(self, workers: int) -> Any:
+        cluster, name = self._cluster, _name()
+        _, most = cluster.worker_range()
+        size = GroupSize(workers=workers, each=cluster.worker(), storage=cluster.storage.resolve())
+        trainer = _trainer(name, size, self._function, self._job, cluster.hub.reporter())
+        grow = _Growth(cluster, name, workers).look if workers < most else lambda: None
+        return _Fit(trainer, cluster, grow).wait()
+
+    def _count(self, error: BaseException) -> None:
+        """Raises EnvironmentFailure when it was one failure too many, Interrupted when the user does not
+        want another attempt."""
+        cause, now = _cause(error), self._saved()
+        self._failures = 1 if now > self._reached else self._failures + 1
+        self._reached = now
+        last, self._last = self._last, _line(cause)
+        if self._failures > 1 and last == self._last and not isinstance(cause, _LOSSES):
+            raise _told(cause)  # the same twice is no accident
+        if self._cluster.stop.requested:
+            raise Interrupted("stopped by request")
+        if self._failures >= FAILURES:
+            raise EnvironmentFailure(
+                f"the workers were lost {self._failures} times in a row with nothing saved in between; the last "
+                f"time: {_line(cause)}; see logs/ in the run folder, then run it again"
+            )
+        self._say(f"workers were lost ({_line(cause)}); the others begin again from what is saved")
+
+    def _workers(self) -> int:
+        """How many there is room for. Waits where that is less than the least, or where Ray is gone."""
+        least, most = self._cluster.worker_range()
+        patience, told = time.monotonic() + self._cluster.settings.wait_for_workers, False
+        while True:
+            room = self._room()
+            if room >= least:
+                return min(room, most)
+            if self._cluster.stop.requested:
+                raise Interrupted("stopped by request")
+            if time.monotonic() > patience:
+                self._cluster.workers()  # says what does not fit
+                raise EnvironmentFailure(
+                    f"there is room for {room} of at least {least} workers; add nodes, or lower `workers` in the "
+                    f"cluster file, then run it again: it goes on from what is saved"
+                )
+            if not told:
+                self._say(f"waiting for nodes: room for {room} of at least {least} workers")
+                told = True
+            time.sleep(_LOOK_S)
+
+    def _room(self) -> int:
+        cluster = self._cluster
+        if self._failures and not cluster.alive():
+            try:
+                cluster.reconnect()
+            except EnvironmentFailure:
+                return 0
+        return cluster.room()
+
+    def _say(self, text: str) -> None:
+        self._cluster.events.emit("note", text=text)
+
+
+class _Growth:
+    """Asks a group to begin again once there has been room for more workers for a while."""
+
+    def __init__(self, cluster: Cluster, name: str, workers: int) -> None:
+        self._cluster, self._name, self._workers = cluster, name, workers
+        self._since: float | None = None
+        self._looked = time.monotonic()
+        self._asked = False
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if self._asked or now - self._looked < _LOOK_S:
+            return
+        self._looked = now
+        try:
+            room = self._cluster.room()
+        except _RETRIED:
+            return  # the group itself finds out whether Ray is gone
+        if room <= self._workers:
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        elif now - self._since >= _GROW_AFTER_S:
+            self._cluster.hub.request_regroup(self._name)
+            self._asked = True
+
+
+class _Fit:
+    """`fit` in a thread: on the main thread it would replace the SIGINT handler for good."""
+
+    def __init__(
+        self, trainer: TorchTrainer, cluster: Cluster | None, look: Callable[[], None] = lambda: None
+    ) -> None:
+        self._trainer, self._cluster, self._look = trainer, cluster, look
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def wait(self) -> Any:
+        """What rank 0 returned. Raises what `fit` raised. Hands a wish to stop on."""
+        thread = threading.Thread(target=self._fit, name="train", daemon=True)
+        thread.start()
+        asked = False
+        while thread.is_alive():
+            thread.join(timeout=0.2)
+            if self._cluster is not None and self._cluster.stop.requested and not asked:
+                self._cluster.hub.request_stop()
+                asked = True
+            if not asked:
+                self._look()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def _fit(self) -> None:
+        try:
+            self._value = self._trainer.fit().return_value
+        except BaseException as error:  # handed to the main thread above
+            self._error = error
+
+
+def _name() -> str:
+    """Ray resumes a run of the same name, whatever its configuration: never reuse one."""
+    return f"group-{uuid.uuid4().hex[:8]}"
 
 
 def _trainer(
-    size: GroupSize, function: Callable[[Any, Worker], Any], job: Any, reporter: Any
+    name: str, size: GroupSize, function: Callable[[Any, Worker], Any], job: Any, reporter: Any
 ) -> TorchTrainer:
     each = size.each
     return TorchTrainer(
         _on_worker,
-        train_loop_config={"function": function, "job": job, "reporter": reporter, "threads": each.cpus},
-        torch_config=TorchConfig(backend="nccl" if each.gpus else "gloo"),
+        train_loop_config={
+            "function": function,
+            "job": job,
+            "reporter": reporter,
+            "threads": each.cpus,
+            "group": name,
+        },
+        torch_config=TerminableTorch(backend="nccl" if each.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=size.workers,
             use_gpu=each.gpus > 0,
             resources_per_worker={"CPU": each.cpus, **({"GPU": each.gpus} if each.gpus else {})},
         ),
         run_config=RunConfig(
-            # Ray resumes a run of the same name, whatever its configuration: never reuse one.
-            name=f"group-{uuid.uuid4().hex[:8]}",
+            name=name,
             storage_path=str(size.storage / "train"),
-            failure_config=FailureConfig(max_failures=_RESTARTS, controller_failure_limit=_START_ATTEMPTS),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
 
 
-def _fit(trainer: TorchTrainer, cluster: Cluster | None) -> Any:
-    """`fit` in a thread: on the main thread it would replace the SIGINT handler for good."""
-    outcome: dict[str, Any] = {}
-
-    def fit() -> None:
-        try:
-            outcome["value"] = trainer.fit().return_value
-        except BaseException as error:  # handed to the main thread below
-            outcome["error"] = error
-
-    thread = threading.Thread(target=fit, name="train", daemon=True)
-    thread.start()
-    asked = False
-    while thread.is_alive():
-        thread.join(timeout=0.2)
-        if cluster is not None and cluster.stop.requested and not asked:
-            cluster.hub.request_stop()
-            asked = True
-    if "error" in outcome:
-        raise _cause(outcome["error"])
-    return outcome["value"]
+def _lost(error: BaseException, workers: int) -> bool:
+    """Whether another attempt may do better: a worker was lost, and none says more than that. Where all of
+    them raised the same and none is gone, the program is at fault."""
+    causes = _causes(error)
+    alike = len(causes) == workers and len({_line(cause) for cause in causes}) == 1
+    if alike and not isinstance(causes[0], _LOSSES):
+        return False
+    cause = _cause(error)
+    return isinstance(cause, _RETRIED) and not isinstance(cause, torch.OutOfMemoryError | NotImplementedError)
 
 
 def _cause(error: BaseException) -> BaseException:
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = root_cause(failures[min(failures)])
-        error = getattr(error, "_base_exc", error)
-    if isinstance(error, ray.exceptions.RayError):
-        return MinitronError(f"the worker group was lost: {str(error).splitlines()[0]}")
-    return error
+    """What a worker raised; of several, what says most: our own error, then any that is not about the loss
+    of another worker."""
+    return min(
+        _causes(error) or [error],
+        key=lambda cause: (not isinstance(cause, MinitronError), isinstance(cause, _RETRIED)),
+    )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What each worker raised, or Ray of it, by rank; empty where the group itself failed."""
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [root_cause(failures[rank]) for rank in sorted(failures)]
+    return [getattr(cause, "_base_exc", cause) for cause in causes]
+
+
+def _told(cause: BaseException) -> BaseException:
+    """What a worker raised, for people where it is the machine's fault and not the program's."""
+    if isinstance(cause, torch.OutOfMemoryError):
+        return EnvironmentFailure(
+            f"a worker's device has too little memory: {_line(cause)}; lower micro_batch, set "
+            "activation_checkpointing: true or give more workers in the cluster file, then run it again"
+        )
+    if isinstance(cause, OSError):
+        return EnvironmentFailure(
+            f"a worker can't go on: {_line(cause)}; mend that, then run it again: it goes on from what is saved"
+        )
+    return cause
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _on_worker(config: dict[str, Any]) -> Any:
     context = ray.train.get_context()
-    rank, reporter = context.get_world_rank(), config["reporter"]
-    leads = rank == 0
+    rank, reporter, group = context.get_world_rank(), config["reporter"], config["group"]
+    leads, device = rank == 0, get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what names no device of its own, as NCCL, takes the current one
     worker = Worker(
         rank=rank,
         world=context.get_world_size(),
-        device=get_device(),
+        device=device,
         report=reporter if leads else _silent,
-        stop_requested=reporter.stop_requested if leads else _never,
+        stop_requested=lambda: terminated() or (leads and reporter.stop_requested()),
+        stopped_by_user=reporter.stop_requested if leads else _never,
+        regroup_requested=(lambda: reporter.regroup_requested(group)) if leads else _never,
     )
     return with_threads(config["threads"], config["function"], config["job"], worker)
-
-
-def _silent(kind: str, **fields: Any) -> None:
-    """The report of every rank but 0."""
-
-
-def _never() -> bool:
-    return False

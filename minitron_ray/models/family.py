@@ -118,6 +118,8 @@ class Family:
     """Pairs (a, b) where stock transformers demands that a be a multiple of b, an axis or a number."""
     square_heads: bool = False
     """Stock transformers takes head_dim as hidden / heads: the two are cut together or not at all."""
+    norms_inputs: bool = True
+    """Attention and MLP take the residual stream behind a norm, the two taps of `hidden` in this order."""
     norm_over_heads: bool = False
     """A norm spans the queries of all heads (its statistics change when one goes, as with hidden channels)."""
     as_types: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -7,6 +7,8 @@ from it.
 from minitron_ray.plan.costs import StageCost
 from minitron_ray.plan.identity import (
     Inputs,
+    corrected,
+    correction_fingerprint,
     experiment_fingerprint,
     run_fingerprint,
     stage_fingerprint,
@@ -34,6 +36,8 @@ __all__ = [
     "StartConfig",
     "check_same_model",
     "choose_signal",
+    "corrected",
+    "correction_fingerprint",
     "distilled_tokens",
     "experiment_fingerprint",
     "largest_student",

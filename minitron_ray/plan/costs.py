@@ -9,7 +9,7 @@ from functools import cached_property
 from minitron_ray.core.hardware import Hardware
 from minitron_ray.core.units import format_bytes, format_count
 from minitron_ray.distillation.signals.online import Online
-from minitron_ray.experiment import Distill, Experiment, Retrain
+from minitron_ray.experiment import Correction, Distill, Experiment, Retrain
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.cost import forward_flops, head_flops, training_flops, weight_bytes
 from minitron_ray.models.family import Family
@@ -67,11 +67,12 @@ def costs(
     start: Architecture | None = None,
     layout: Layout | None = None,
     signal_of: str | None = None,
+    corrected_by: str | None = None,
 ) -> tuple[StageCost, ...]:
     """What those of `stages` take that compute, in their order.
 
     `start` is the model that is cut, where it is not the teacher; `signal_of` names an experiment that has
-    stored the teacher's signal by then.
+    stored the teacher's signal by then, `corrected_by` one that has corrected it.
     """
     counted = _Costs(
         experiment=experiment,
@@ -81,6 +82,7 @@ def costs(
         feasible=tuple(feasible),
         layout=layout or Layout(),
         signal_of=signal_of,
+        corrected_by=corrected_by,
     )
     return tuple(cost for stage in stages if (cost := counted.of(stage)) is not None)
 
@@ -101,10 +103,13 @@ class _Costs:
     feasible: tuple[CandidateRow, ...]
     layout: Layout
     signal_of: str | None
+    corrected_by: str | None
 
     def of(self, stage: str) -> StageCost | None:
         """None for a stage that computes nothing to speak of."""
         match stage:
+            case "correct":
+                return self._correct()
             case "importance":
                 return self._importance()
             case "teacher":
@@ -124,6 +129,26 @@ class _Costs:
         return None
 
     # --- Stages --------------------------------------------------------------------------------------
+
+    def _correct(self) -> StageCost | None:
+        correction = self.experiment.teacher.correction
+        if correction is None:
+            return None
+        what = f"the teacher fine-tuned on {format_count(correction.tokens)} tokens"
+        if self.corrected_by is not None:
+            what = f"{what}, which {self.corrected_by} has done by then"
+            return StageCost(stage="correct", what=what, tokens=0, flops=0.0)
+        tokens, parameters = self._seen(correction), self.family.parameters(self.teacher)
+        measured = 1 + validations_of(correction, self.length)
+        trained = tokens * training_flops(self.family, self.teacher, self.length)
+        return StageCost(
+            stage="correct",
+            what=f"{what}, kept in the cache",
+            tokens=tokens,
+            flops=float(trained + measured * self.validation * self._forward(self.teacher)),
+            memory_bytes=self.memory.training(self.teacher, self.layout.workers),
+            disk_bytes=parameters * (DISTILL_CHECKPOINTS * CHECKPOINT_BYTES + 4),
+        )
 
     def _importance(self) -> StageCost:
         shapes = [row.candidate for row in self.feasible]
@@ -227,15 +252,15 @@ class _Costs:
         distill = self.experiment.distill
         assert distill is not None
         tokens, kept = self._seen(distill), self.kept
-        online = forward_flops(self.family, self.teacher, self.length) if distill.loss.needs_teacher else 0
+        online = forward_flops(self.family, self.teacher, self.length) if distill.needs_teacher else 0
         validations = validations_of(distill, self.length)
         flops = sum(
             tokens * (training_flops(self.family, arch, self.length) + online)
-            + validations * self.validation * self._forward(arch)
+            + validations * self.validation * (self._forward(arch) + online)
             for arch in self.students[:kept]
         )
         parameters, workers = self.family.parameters(self.largest), self.layout.workers
-        beside = self.memory.weights(self.teacher) if distill.loss.needs_teacher else 0
+        beside = self.memory.weights(self.teacher) if distill.needs_teacher else 0
         return StageCost(
             stage="distill",
             what=f"{_students(kept)}{', teacher online' if online else ''}"
@@ -283,12 +308,12 @@ class _Costs:
     def _forward(self, arch: Architecture) -> int:
         return forward_flops(self.family, arch, self.length)
 
-    def _seen(self, section: Retrain | Distill) -> int:
+    def _seen(self, section: Retrain | Distill | Correction) -> int:
         return tokens_seen(section.tokens, section.batch, self.length)
 
     def _trained(self, student: Architecture, retrain: Retrain) -> float:
         """Operations of a trained token in a trial."""
-        beside = self.signal.each / retrain.tokens if retrain.loss.needs_teacher else 0
+        beside = self.signal.each / retrain.tokens if retrain.needs_teacher else 0
         return training_flops(self.family, student, self.length) + beside
 
     def _measured(self, student: Architecture) -> float:

@@ -7,7 +7,7 @@ run that asks for the same takes over.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -19,12 +19,13 @@ from minitron_ray.plan.signal import choose_signal, signal_tokens
 
 VERSIONS: Final = MappingProxyType(
     {
+        "correct": 1,
         "importance": 2,
         "teacher": 2,
         "zero_shot": 1,
         "search": 1,
         "baselines": 1,
-        "distill": 1,
+        "distill": 2,
         "evaluate": 2,
         "export": 1,
     }
@@ -65,13 +66,39 @@ def stage_fingerprint(stage: str, fields: Any, needs: list[str], **inputs: Any) 
     )
 
 
+def correction_fingerprint(experiment: Experiment, inputs: Inputs) -> str:
+    """Digest of a corrected teacher: the same for all experiments that would make the same one, whatever
+    they cut and search."""
+    correction, data = experiment.teacher.correction, experiment.data
+    assert correction is not None
+    return stage_fingerprint(
+        "correct",
+        {"correction": correction.recipe, "trained": data.calibration + data.validation},
+        [],
+        teacher=inputs.teacher,
+        data=inputs.data,
+        precision=experiment.precision,
+        seed=experiment.seed,
+    )
+
+
+def corrected(experiment: Experiment, inputs: Inputs) -> Inputs:
+    """`inputs` as all stages behind `correct` see them: in the teacher's place what it becomes."""
+    if experiment.teacher.correction is None:
+        return inputs
+    return replace(inputs, teacher=correction_fingerprint(experiment, inputs))
+
+
 def stage_fingerprints(plan: Plan, inputs: Inputs) -> dict[str, str]:
     """By stage, of the stages that the plan has."""
     e = plan.experiment
+    marks: dict[str, str] = {}
+    if e.teacher.correction is not None:
+        marks["correct"] = correction_fingerprint(e, inputs)
+        inputs = corrected(e, inputs)
     found = {"teacher": inputs.teacher, "data": inputs.data, "precision": e.precision}
     seeded = {"seed": e.seed, "as": e.export.as_type}
     validation = [e.data.calibration, e.data.validation]  # where it begins, and how long it is
-    marks: dict[str, str] = {}
 
     def mark(stage: str, fields: Any, *needs: str, **more: Any) -> None:
         marks[stage] = stage_fingerprint(stage, fields, [marks[n] for n in needs], **(found | more))
@@ -85,6 +112,8 @@ def stage_fingerprints(plan: Plan, inputs: Inputs) -> dict[str, str]:
     if e.search is not None and signal_tokens(e):
         signal |= {"tokens": e.search.retrain.tokens, "batch": e.search.retrain.batch, "seed": e.seed}
     chosen = choose_signal(e, plan.teacher)
+    if plan.start.vocab < plan.teacher.vocab:
+        signal |= {"vocabulary": plan.start.vocab}
     mark("teacher", {**signal, "signal": chosen})
     if e.search is not None:
         scored = ["zero_shot"] if "zero_shot" in plan.stages else []

@@ -14,9 +14,10 @@ from minitron_ray.models.budget import Limits
 from minitron_ray.models.families import family_of, rewritten
 from minitron_ray.models.family import Family
 from minitron_ray.plan.costs import StageCost, costs, timed
+from minitron_ray.plan.intermediate import check_intermediate
 from minitron_ray.plan.memory import Layout
 from minitron_ray.plan.shape import fixed_shape
-from minitron_ray.plan.signal import finds_signal
+from minitron_ray.plan.signal import finds_correction, finds_signal
 from minitron_ray.search.space import Candidate, CandidateRow, enumerate_candidates
 
 
@@ -92,8 +93,13 @@ class Plan:
             start=self.start,
             layout=layout or Layout.on(hardware),
             signal_of=next(storing, None),
+            corrected_by=next((one.experiment.name for one in before if self._corrected_by(one)), None),
         )
         return timed(found, hardware)
+
+    def _corrected_by(self, before: Plan) -> bool:
+        """Whether a plan that is run before makes the corrected teacher of this one."""
+        return before.config == self.config and finds_correction(self.experiment, before.experiment)
 
     @property
     def trials(self) -> int:
@@ -111,6 +117,7 @@ def stages_of(experiment: Experiment, feasible: int | None = None) -> tuple[str,
     searches, distills = experiment.search is not None, experiment.distill is not None
     return (
         "prepare",
+        *(("correct",) if experiment.teacher.correction is not None else ()),
         "importance",
         "teacher",
         *(("zero_shot",) if scores_cuts(experiment, feasible or 0) else ()),
@@ -148,7 +155,7 @@ def make_plan(
     cut_config, start = config, teacher
     if start_config is not None:
         cut_config = _taken_as(start_config.config, experiment.export.as_type)
-        start = _read_start(cut_config, family, teacher)
+        start = _read_start(cut_config, family)
     limits: Limits | None = None
     rows: tuple[CandidateRow, ...]
     if experiment.shape is not None:
@@ -165,6 +172,9 @@ def make_plan(
     if start_config is not None:
         _check_length(experiment, cut_config, "start")
     _check(experiment, rows)
+    for section in (experiment.search.retrain if experiment.search else None, experiment.distill):
+        if section is not None:
+            check_intermediate(section, family, teacher.layers, rows)
     _check_blocks(experiment.importance.depth.blocks, start.layers, rows)
     return Plan(
         experiment=experiment,
@@ -209,8 +219,9 @@ def _taken_as(config: Mapping[str, Any], as_type: str | None) -> Mapping[str, An
         raise ConfigError(f"export.as: {error.message}") from None
 
 
-def _read_start(config: Mapping[str, Any], family: Family, teacher: Architecture) -> Architecture:
-    """A student learns the teacher's distribution over the vocabulary that it inherits from the start."""
+def _read_start(config: Mapping[str, Any], family: Family) -> Architecture:
+    """Its vocabulary may be of another size: whether that is padding only the tokenizers say, which are compared
+    as soon as both folders are there."""
     try:
         own = family_of(config)
         start = own.read(config)
@@ -220,11 +231,6 @@ def _read_start(config: Mapping[str, Any], family: Family, teacher: Architecture
         raise ConfigError(
             f"start: the model to cut is a {own.model_type}, the teacher a {family.model_type}; both must be of "
             "one model type: start from another model, or set export.as where one can be taken as the other"
-        )
-    if start.vocab != teacher.vocab:
-        raise ConfigError(
-            f"start: the model to cut has a vocabulary of {start.vocab:,}, the teacher one of "
-            f"{teacher.vocab:,}; distillation needs the same, so start from a model with the teacher's tokenizer"
         )
     return start
 

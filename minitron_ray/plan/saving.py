@@ -70,7 +70,7 @@ def search_saving(
     arch = student or costliest(plan)
     tokens = tokens_seen(search.retrain.tokens, search.retrain.batch, length)
     training, teacher = training_flops(family, arch, length), forward_flops(family, plan.teacher, length)
-    needed = search.retrain.loss.needs_teacher
+    needed = search.retrain.needs_teacher
     teacher = teacher if needed else 0
     runs = _halved_runs(plan, trials, tokens)
     once, beside = 0, teacher

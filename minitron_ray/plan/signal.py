@@ -44,7 +44,7 @@ class SignalCost:
 def signal_tokens(experiment: Experiment) -> int:
     """Tokens of which trials need the teacher, at most; 0 without a search, or where the loss takes nothing
     of it."""
-    if experiment.search is None or not experiment.search.retrain.loss.needs_teacher:
+    if experiment.search is None or not experiment.search.retrain.needs_teacher:
         return 0
     return experiment.search.retrain.tokens
 
@@ -80,6 +80,21 @@ def choose_signal(experiment: Experiment, teacher: Architecture) -> Signal:
     return Online()
 
 
+def finds_correction(experiment: Experiment, before: Experiment) -> bool:
+    """Whether the corrected teacher of `experiment` is there once `before`, whose teacher has the same config,
+    has been run: the same recipe on the same text."""
+    return experiment.teacher.correction is not None and _told(experiment) == _told(before)
+
+
+def _told(experiment: Experiment) -> dict[str, object]:
+    """What decides a corrected teacher, as an experiment names it."""
+    told = experiment.model_dump(mode="json", include={"teacher", "data", "precision", "seed"})
+    told["teacher"].pop("config")  # says what the teacher is before it is there
+    correction = experiment.teacher.correction
+    told["teacher"]["correction"] = None if correction is None else correction.recipe
+    return told
+
+
 def finds_signal(experiment: Experiment, before: Experiment, teacher: Architecture) -> bool:
     """Whether all that is stored of the `teacher` for `experiment` is there once `before`, whose teacher has
     the same config, has been run: the same text, and trials that see no other sequences."""
@@ -92,6 +107,8 @@ def finds_signal(experiment: Experiment, before: Experiment, teacher: Architectu
     if here != there or not all(isinstance(kind, StoredSignal) for kind in kinds):
         return False
     seen, stored = _seen(experiment), _seen(before)
+    if experiment.teacher.correction is not None and not finds_correction(experiment, before):
+        return False  # of another teacher
     return seen == 0 or (kinds[0] == kinds[1] and experiment.seed == before.seed and seen <= stored)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from minitron_ray.experiment import Distill, Experiment
+from minitron_ray.experiment import Correction, Distill, Experiment
 from minitron_ray.search.halving import Halving, cohort_size
 from minitron_ray.search.propose import sampler_for
 
@@ -91,8 +91,9 @@ def reached(rule: Halving, cohorts: Sequence[int]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def validations_of(distill: Distill, length: int) -> int:
-    """How often a student is measured during its distillation: at intervals, and behind the last step."""
+def validations_of(distill: Distill | Correction, length: int) -> int:
+    """How often a student is measured during its distillation, or the teacher during its correction: at
+    intervals, and behind the last step."""
     total = steps(distill.tokens, distill.batch, length)
     every = steps(distill.validate_every, distill.batch, length) if distill.validate_every else total // 4
     return math.ceil(total / max(1, every))

@@ -28,6 +28,7 @@ class Line:
     """Those that the run has."""
     stages_done: tuple[str, ...]
     best_loss: float | None
+    rehearsal: bool
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -47,7 +48,8 @@ def summarise(run: RunInfo) -> Line:
         started=run.created,
         stages=run.stages,
         stages_done=run.stages_done,
-        best_loss=_best_loss(run),
+        best_loss=None if run.rehearsal else _best_loss(run),
+        rehearsal=run.rehearsal,
     )
 
 
@@ -64,7 +66,8 @@ def render(lines: Sequence[Line], console: Console) -> None:
     for line in lines:
         loss = "-" if line.best_loss is None else f"{line.best_loss:.4f}"
         done = f"{len(line.stages_done)}/{len(line.stages)}"
-        cells = (line.run_id, line.experiment, line.status, f"{line.started:{day}}", done, loss)
+        name = f"{line.experiment} (rehearsal)" if line.rehearsal else line.experiment
+        cells = (line.run_id, name, line.status, f"{line.started:{day}}", done, loss)
         table.add_row(*cells, style=_STYLES.get(line.status))
     console.print(table)
 

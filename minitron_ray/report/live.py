@@ -21,6 +21,7 @@ from rich.text import Text
 
 from minitron_ray.core.events import Event
 from minitron_ray.core.units import format_count, format_seconds
+from minitron_ray.report.event_lines import EventLines
 from minitron_ray.report.heartbeat import Heartbeat, amount, figures
 from minitron_ray.report.progress import ProgressModel, Stage, Trial
 from minitron_ray.report.text import NONE
@@ -30,24 +31,33 @@ _MARKS = {"waiting": " ", "running": ">", "finished": "✓", "reused": "=", "fai
 _STYLES = {"waiting": "dim", "running": "bold", "finished": "green", "reused": "cyan", "failed": "red"}
 _TRIAL_STYLES = {"running": "bold", "completed": "green", "stopped": "dim", "failed": "red"}
 _BAR = 20
+_STOPS = "Ctrl-C stops at the next safe point"
 _TRIALS_AT_LEAST = 3
 
 
 @contextmanager
 def open_view(
-    stderr: TextIO, *, quiet: bool = False, stages: Sequence[str] = STAGES
+    stderr: TextIO,
+    *,
+    quiet: bool = False,
+    as_events: bool = False,
+    stages: Sequence[str] = STAGES,
+    hint: str = _STOPS,
 ) -> Iterator[Callable[[Event], None]]:
     """A listener for `EventBus` that shows the run, which has these stages, on `stderr` until the block ends.
 
-    `quiet` shows nothing but failures and notes.
+    `quiet` shows nothing but failures and notes; `as_events` writes JSON for another program instead.
+    `hint` says below the picture what Ctrl-C does.
     """
     console = Console(file=stderr, highlight=False)
-    if quiet:
+    if as_events:
+        yield EventLines(stderr)
+    elif quiet:
         heartbeat = Heartbeat(stderr, stages)
         loud = ("stage_failed", "note")
         yield lambda event: heartbeat(event) if event.kind in loud else None
     elif console.is_terminal and not console.is_dumb_terminal:
-        with LiveView(console, stages) as view:
+        with LiveView(console, stages, hint) as view:
             yield view
     else:
         yield Heartbeat(stderr, stages)
@@ -57,9 +67,15 @@ class LiveView:
     """A listener and context manager that redraws its console twice a second."""
 
     def __init__(
-        self, console: Console, stages: Sequence[str] = STAGES, *, now: Callable[[], float] = time.time
+        self,
+        console: Console,
+        stages: Sequence[str] = STAGES,
+        hint: str = _STOPS,
+        *,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._console = console
+        self._hint = hint
         self._now = now
         self._model = ProgressModel(stages)
         self._lock = threading.Lock()
@@ -81,14 +97,14 @@ class LiveView:
     def picture(self) -> RenderableType:
         """What is on the screen now, in no more lines than the screen has."""
         with self._lock:
-            return draw(self._model, self._now(), self._console.width, self._console.height)
+            return draw(self._model, self._now(), self._console.width, self._console.height, self._hint)
 
 
-def draw(model: ProgressModel, now: float, width: int, height: int) -> RenderableType:
+def draw(model: ProgressModel, now: float, width: int, height: int, hint: str = _STOPS) -> RenderableType:
     """The run as one picture of at most `width` columns and about `height` lines."""
     stages = [line for stage in model.stages.values() for line in _stage(stage, now, width)]
     parts: list[RenderableType] = [_header(model, now, width), *stages]
-    foot = _footer(model, width)
+    foot = _footer(model, width, hint)
     room = height - len(parts) - len(foot) - 6  # the table's head, the empty line, the last failure
     if model.trials and not _over(model):
         parts += ["", _trials(list(model.trials.values()), max(room, _TRIALS_AT_LEAST), width)]
@@ -200,10 +216,10 @@ def _cells(trial: Trial, wide: bool) -> list[str]:
     return [*cells, speed, trial.candidate_id] if wide else cells
 
 
-def _footer(model: ProgressModel, width: int) -> list[Text]:
+def _footer(model: ProgressModel, width: int, hint: str) -> list[Text]:
     lines = [Text("")]
     if model.note:
         lines += [Text(line.plain, style="yellow") for line in _folded(Text(""), model.note, width)]
     if model.status == "running" and "Ctrl-C" not in model.note:
-        lines.append(Text("Ctrl-C stops at the next safe point", style="dim"))
+        lines.append(Text(hint, style="dim"))
     return lines if len(lines) > 1 else []

@@ -114,14 +114,26 @@ def _trained(store: Store, counts: Callable[[str | None], bool]) -> int | None:
     return sum(seen.values()) if seen else None
 
 
+def _corrected(store: Store) -> int | None:
+    return _stepped(store, lambda name: name == "teacher")
+
+
 def _distilled(store: Store) -> int | None:
+    return _stepped(store, lambda name: name != "teacher")
+
+
+def _stepped(store: Store, counts: Callable[[str], bool]) -> int | None:
+    """Tokens of the optimizer steps of some models."""
     seen: dict[str, int] = {}
     for row in store.read("steps").to_pylist():
+        if not counts(row["candidate_id"]):
+            continue
         seen[row["candidate_id"]] = max(seen.get(row["candidate_id"], 0), row["tokens"])
     return sum(seen.values()) if seen else None
 
 
 _TOKENS: Final[dict[str, Callable[[Store], int | None]]] = {
+    "correct": _corrected,
     "search": _searched,
     "baselines": _baselines,
     "distill": _distilled,

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from minitron_ray.core.units import format_bytes, format_count
 from minitron_ray.models.architecture import CUT_AXES, Architecture
 from minitron_ray.plan import Layout, experiment_fingerprint
+from minitron_ray.plan.intermediate import choose_intermediate, trained_on
 from minitron_ray.plan.saving import search_savings
 from minitron_ray.report.cost_text import cost_lines, cost_table, saving_table
 from minitron_ray.report.sections import Section, tables
 from minitron_ray.report.signal_text import signal_table, signals_json
+from minitron_ray.report.text_sources import planned_sources, planned_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,6 +80,8 @@ def render(
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     """What is known apart from tables, one line each."""
+    if (text := planned_text(plan.experiment)) is not None:
+        yield "text", text
     if plan.fixed is not None:
         yield "student", _student(plan, plan.fixed)
     if plan.limits is not None:
@@ -88,6 +92,11 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
             "candidates",
             f"{len(plan.feasible):,} of {len(plan.rows):,} shapes are inside; {plan.trials} will be tried{tried}",
         )
+    distill = plan.experiment.distill
+    if distill is not None:
+        layers = [row.candidate.layers for row in plan.feasible]
+        for line in trained_on(distill, plan.family, plan.teacher.layers, layers):
+            yield "trained on", line
     yield "exported", _exported(plan)
 
 
@@ -147,16 +156,37 @@ def as_json(
             "parameters": plan.family.parameters(plan.start),
             **{axis: getattr(plan.start, axis) for axis in CUT_AXES},
         },
+        "sources": planned_sources(plan.experiment),
         "stages": list(plan.stages),
         "finished": dict(finished),
         "budget": None if plan.limits is None else asdict(plan.limits),
         "shape": None if plan.fixed is None else plan.fixed.row(),
         "trials": plan.trials,
         "candidates": [row.row() for row in plan.rows],
+        "trained_on": _trained_on(plan),
         "hardware": None if hardware is None else asdict(hardware),
         "costs": [cost.row() for cost in plan.costs(hardware, layout, before)],
         "signals": signals_json(plan),
         "savings": [saving.as_json() for saving in search_savings(plan)],
+    }
+
+
+def _trained_on(plan: Plan) -> dict[str, Any]:
+    """Of every candidate inside the budget what its distillation compares; empty where there is none."""
+    distill = plan.experiment.distill
+    if distill is None:
+        return {}
+    found = {
+        row.candidate.id: choose_intermediate(distill, plan.family, plan.teacher.layers, row.candidate.layers)
+        for row in plan.feasible
+    }
+    return {
+        name: {
+            "losses": [loss.model_dump(mode="json") for loss in chosen.losses],
+            "weight": distill.intermediate_weight,
+            "reason": chosen.reason,
+        }
+        for name, chosen in found.items()
     }
 
 

@@ -22,11 +22,14 @@ from minitron_ray.report.findings import Findings, read_findings, sections
 from minitron_ray.report.plan_actual import StageActual, actual_section, plan_against_actual
 from minitron_ray.report.sections import Section
 from minitron_ray.report.tables import Tables
+from minitron_ray.report.text_sources import read_sources, sources_section
+from minitron_ray.report.training import trained_on, training_section
 from minitron_ray.results.runs import RunInfo
 
 _ORDER = ("distilled", "distilling", "cut", "completed", "stopped", "running", "failed")
 _WAITING = {
     "prepare": "the data is not prepared",
+    "correct": "the teacher is not corrected",
     "importance": "the teacher's units are not scored",
     "teacher": "the teacher's signal is not recorded",
     "zero_shot": "undistilled cuts are not measured",
@@ -98,13 +101,18 @@ class Ranking:
     missing: tuple[str, ...]
     findings: Findings
     costs: tuple[StageActual, ...] = ()
+    sources: tuple[dict[str, Any], ...] = ()
+    """What each source of the text gave, see the table `sources`."""
     sections: tuple[Section, ...] = ()
     """What stands under the ranking."""
+    rehearsal: bool = False
+    """Of a rehearsal nothing is ranked."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         fields = {
-            name: getattr(self, name) for name in ("experiment", "run_id", "folder", "status", "budget")
+            name: getattr(self, name)
+            for name in ("experiment", "run_id", "folder", "status", "rehearsal", "budget")
         }
         return {
             **fields,
@@ -113,6 +121,7 @@ class Ranking:
             "missing": list(self.missing),
             **asdict(self.findings),
             "costs": [cost.as_json() for cost in self.costs],
+            "sources": list(self.sources),
         }
 
 
@@ -128,25 +137,42 @@ def rank(run: RunInfo) -> Ranking:
         for name in _names(found)
     ]
     students.sort(key=_place)
-    costs = plan_against_actual(run)
+    costs, sources = plan_against_actual(run), read_sources(run.store)
     return Ranking(
         experiment=run.experiment,
         run_id=run.run_id,
         folder=str(run.folder),
         status=run.status,
+        rehearsal=run.rehearsal,
         stages=run.stages,
         budget=_budget_text(budget, (resolved.get("data") or {}).get("sequence_length", 256)),
-        entries=(teacher, *_numbered(students)),
+        entries=(teacher, *(students if run.rehearsal else _numbered(students))),
         missing=tuple(_missing(run, found, resolved)),
         findings=findings,
         costs=costs,
-        sections=(*sections(findings, _shapes(found)), *((actual_section(costs),) if costs else ())),
+        sources=sources,
+        sections=(
+            *sections(findings, _shapes(found)),
+            *training_section(
+                run.store,
+                _shapes(found),
+                trained_on(
+                    resolved.get("distill"), _prepared_teacher(run.folder).get("layers"), _layers(found)
+                ),
+            ),
+            *sources_section(sources),
+            *((actual_section(costs),) if costs else ()),
+        ),
     )
 
 
 def _shapes(found: Tables) -> dict[str, str]:
     """Shapes for people, by candidate."""
     return {name: text for name, row in found.candidates.items() if (text := shape_text(row)) is not None}
+
+
+def _layers(found: Tables) -> dict[str, int]:
+    return {name: row["layers"] for name, row in found.candidates.items() if row.get("layers") is not None}
 
 
 def shape_text(row: dict[str, Any]) -> str | None:

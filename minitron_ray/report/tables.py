@@ -101,6 +101,8 @@ def _distillations(store: Store) -> dict[str, Distillation]:
     columns = ["candidate_id", "step", "tokens", "val_loss", "tokens_per_second"]
     found: dict[str, Distillation] = defaultdict(Distillation)
     for row in store.read("steps").select(columns).to_pylist():
+        if row["candidate_id"] == "teacher":  # its correction
+            continue
         found[row["candidate_id"]].steps[row["step"]] = row
     for distillation in found.values():
         _sum_up(distillation)

@@ -15,6 +15,7 @@ from minitron_ray.report import sections
 from minitron_ray.report.findings import interval_text
 from minitron_ray.report.ranking import Entry, Ranking
 from minitron_ray.report.sections import Section
+from minitron_ray.results.runs import REHEARSED
 
 NONE = "-"
 _T = TypeVar("_T")
@@ -73,6 +74,8 @@ def render(ranking: Ranking, console: Console) -> None:
     console.print(
         f"[bold]{escape(ranking.experiment)}[/]  run {ranking.run_id}  {ranking.status}", style=None
     )
+    if ranking.rehearsal:
+        console.print(f"[bold red]{REHEARSED}[/]", soft_wrap=True)
     if ranking.budget:
         console.print(f"budget {ranking.budget}")
     for table in sections.tables(_table(ranking), console):
@@ -93,6 +96,8 @@ def columns_of(ranking: Ranking) -> list[Column]:
 def markdown(ranking: Ranking) -> str:
     """The same as a Markdown page."""
     title = [f"## {ranking.experiment}, run {ranking.run_id} ({ranking.status})", ""]
+    if ranking.rehearsal:
+        title += [f"**This is {REHEARSED}.**", ""]
     budget = [f"Budget: {ranking.budget}", ""] if ranking.budget else []
     notes = [f"- {line}" for line in sentences(ranking)]
     page = "\n".join([*title, *budget, *sections.markdown_table(_table(ranking)), "", *notes]) + "\n"

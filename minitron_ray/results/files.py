@@ -91,6 +91,14 @@ def sync_tree(path: Path) -> None:
         sync_folder(Path(folder))
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name for the same bytes; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def remove_tree(path: Path) -> None:
     """Removes a folder if it is there."""
     if path.exists():

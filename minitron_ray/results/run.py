@@ -23,7 +23,8 @@ from filelock import FileLock, Timeout
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.core.events import Event
 from minitron_ray.core.yaml import dumped
-from minitron_ray.results.files import cannot_write, finite, make_folder, write_file, write_json
+from minitron_ray.results.events import line_of
+from minitron_ray.results.files import cannot_write, make_folder, write_file, write_json
 from minitron_ray.results.runs import STAGES, RunInfo, find_runs, read_info, resolve_run
 from minitron_ray.results.schemas import TABLES
 from minitron_ray.results.store import Store
@@ -40,6 +41,7 @@ class Run:
         self.folder = folder
         self.experiment = info.experiment
         self.run_id = info.run_id
+        self.rehearsal = info.rehearsal
         self.store = Store(folder, info.experiment, info.run_id)
         self._writing = threading.Lock()
         self._events_mended = False
@@ -55,6 +57,7 @@ class Run:
         resolved: dict[str, Any],
         environment: dict[str, Any],
         stages: Sequence[str] = STAGES,
+        rehearsal: bool = False,
     ) -> Self:
         """The newest run of that experiment with that fingerprint, to go on with; a new one if there is none.
 
@@ -67,10 +70,11 @@ class Run:
         home = make_folder(Path(results) / experiment)
         with FileLock(home / ".lock"):
             same = [info for info in find_runs(results) if info.experiment == experiment]
-            same = [info for info in same if info.fingerprint == fingerprint]
+            same = [info for info in same if (info.fingerprint, info.rehearsal) == (fingerprint, rehearsal)]
             if same:
                 return cls(same[-1].folder)
-            return cls(_create(home, experiment, fingerprint, source, resolved, environment, stages))
+            made = _create(home, experiment, fingerprint, source, resolved, environment, stages, rehearsal)
+            return cls(made)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -184,7 +188,7 @@ class Run:
 
     def log_event(self, event: Event) -> None:
         """Appends one line to events.jsonl; a listener for `core.events.EventBus`, from any thread."""
-        line = json.dumps(finite({"at": event.at, "kind": event.kind, **event.fields}), default=str) + "\n"
+        line = line_of(event)
         path = self.folder / "events.jsonl"
         with self._writing:
             try:
@@ -217,6 +221,7 @@ def _create(
     resolved: dict[str, Any],
     environment: dict[str, Any],
     stages: Sequence[str],
+    rehearsal: bool,
 ) -> Path:
     """A run folder, run.json written last: without it a folder is no run."""
     created = datetime.now(UTC)
@@ -233,6 +238,7 @@ def _create(
         "run_id": folder.name,
         "fingerprint": fingerprint,
         "stages": list(stages),
+        "rehearsal": rehearsal,
         "status": "created",
         "created": created.isoformat(),
         "updated": created.isoformat(),

@@ -16,6 +16,7 @@ from minitron_ray.results.store import Store
 
 STAGES: Final = (
     "prepare",
+    "correct",
     "importance",
     "teacher",
     "zero_shot",
@@ -26,6 +27,13 @@ STAGES: Final = (
     "export",
 )
 """All stages that a run can have, in order."""
+
+
+REHEARSALS: Final = ".rehearsal"
+"""Folder of a results folder that has the runs of its last rehearsal, and their cache; nothing else reads it."""
+REHEARSED: Final = (
+    "a rehearsal: random weights and a little training, its figures say nothing about any model"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +50,8 @@ class RunInfo:
     stages: tuple[str, ...]
     """The stages that this run has."""
     stages_done: tuple[str, ...]
+    rehearsal: bool = False
+    """Whether its models have random weights: it is never ranked, and no other run takes anything of it."""
 
     @property
     def store(self) -> Store:
@@ -61,6 +71,7 @@ def read_info(folder: Path) -> RunInfo:
             created=datetime.fromisoformat(manifest["created"]),
             stages=tuple(manifest.get("stages", STAGES)),
             stages_done=_stages_done(folder),
+            rehearsal=bool(manifest.get("rehearsal", False)),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EnvironmentFailure(

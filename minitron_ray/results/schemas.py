@@ -46,6 +46,7 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
             seed=(_INT, "the experiment's seed"),
             versions=(_TEXT, "JSON: package versions"),
             at=(_TIME, "when"),
+            rehearsal=(_BOOL, "whether it is a rehearsal, with random weights; null is not"),
         ),
         "stages": _schema(
             stage=(_TEXT, "its name, see `results.runs.STAGES`"),
@@ -79,6 +80,20 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
             flops_per_token=(_INT, "operations of a forward pass over budget.at.length tokens, a token"),
             in_budget=(_BOOL, "whether the search may propose it"),
             reason=(_TEXT, "why not, where in_budget is false"),
+        ),
+        "sources": _schema(
+            part=(_INT, "place in the mixture, from 0; 0 where the text is of one source"),
+            kind=(_TEXT, "the source's kind"),
+            title=(_TEXT, "the source as named in the experiment"),
+            weight=(_REAL, "the share of the sequences it was to have"),
+            documents=(_INT, "its documents (rows of token ids) that were begun"),
+            sequences=(_INT, "its sequences among those packed"),
+            tokens=(_INT, "its tokens in them"),
+            dropped=(_INT, "tokens of those documents that are in no sequence"),
+            calibration=(_INT, "its sequences among those to calibrate"),
+            validation=(_INT, "among those to validate"),
+            train=(_INT, "among those to train"),
+            ended=(_BOOL, "whether packing ended because it had no more"),
         ),
         "zero_shot": _schema(
             candidate_id=(_TEXT, "see candidates"),
@@ -168,19 +183,43 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
             cost=(_REAL, "its parameters, FLOPs a token, or seconds of a forward pass, as `axis` says"),
         ),
         "steps": _schema(
-            candidate_id=(_TEXT, "see candidates"),
+            candidate_id=(_TEXT, "see candidates; `teacher` in its correction"),
             step=(_INT, "optimizer step, from 1"),
             tokens=(_INT, "tokens seen up to and with this step, over all workers"),
-            loss=(_REAL, "training loss of this step"),
-            gradient_norm=(_REAL, "before clipping"),
+            loss=(_REAL, "training loss of this step; null where it is not finite"),
+            logit_loss=(_REAL, "of it that on the logits, or the labels; null where it is not finite"),
+            intermediate_loss=(
+                _REAL,
+                "loss of the hidden states before its weight; null where they are not compared, or it is not finite",
+            ),
+            gradient_norm=(_REAL, "before clipping; null where it is not finite"),
             learning_rate=(_REAL, "used for this step"),
             val_loss=(_REAL, "validation cross entropy after this step, where measured"),
-            tokens_per_second=(_REAL, "over this step, all workers"),
+            tokens_per_second=(_REAL, "over this step, all workers, validation and checkpoints aside"),
             workers=(_INT, "how many took part"),
+            val_divergence=(
+                _REAL,
+                "KL(teacher || student) on the validation sequences after this step, where measured",
+            ),
+            skipped=(
+                _INT,
+                "0; of a step whose loss or gradient was not finite, and which changed nothing, how many such "
+                "steps in a row there were with it",
+            ),
+            mfu=(
+                _REAL,
+                "model operations (teacher's forward pass included, recomputation not) over the devices' peak; "
+                "null where the peak is not known",
+            ),
+            peak_memory=(
+                _INT,
+                "most bytes that a worker has held on its device so far: of tensors on an accelerator, resident "
+                "on a CPU",
+            ),
         ),
         "evaluations": _schema(
             subject=(_TEXT, "teacher, or candidate id"),
-            phase=(_TEXT, "teacher, cut, or distilled"),
+            phase=(_TEXT, "teacher, uncorrected (the teacher before its correction), cut, or distilled"),
             metric=(_TEXT, "val_loss, perplexity or val_divergence"),
             value=(_REAL, "the figure"),
             stderr=(_REAL, "standard error over sequences"),

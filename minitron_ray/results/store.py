@@ -51,11 +51,12 @@ class Store:
         """All rows, fragments in the order of their names. Empty, with all columns, if there are none."""
         return _read(table, self._fragments(table))
 
-    def remove(self, table: str, writer: str) -> None:
-        """Drops all fragments of a writer, the highest sequence first."""
+    def remove(self, table: str, writer: str, first: int = 0) -> None:
+        """Drops all fragments of a writer from sequence `first` on, the highest first."""
         for path in reversed(self._fragments(table)):
-            if path.name.rpartition("-")[0] == writer:
-                path.unlink()
+            own, _, sequence = path.stem.rpartition("-")
+            if own == writer and int(sequence) >= first:
+                path.unlink(missing_ok=True)
 
     def fragments(self, table: str, writers: str) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
         """Writer, sequence and rows (without the envelope) of every fragment whose writer begins so."""

@@ -27,14 +27,22 @@ def run(context: Context, plan: Plan, setting: Setting, chosen: list[str]) -> tu
             candidate=plan.candidate(candidate_id),
             folder=folder.resolve(),
             store=context.run.store,
+            checkpoints=context.cluster.settings.checkpoints,
         )
-        if not (folder / "final").exists():  # killed after this student and before the stage's end
-            shutil.rmtree(folder / "final.partial", ignore_errors=True)
-            if run_group(context.cluster, distill_worker, job)["interrupted"]:
-                raise Interrupted("stopped by request")
+        train_student(context, job)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         folders[candidate_id] = str((folder / "final").relative_to(context.run.folder))
     return {"folders": folders}, _summary(context, chosen)
+
+
+def train_student(context: Context, job: DistillJob) -> None:
+    """Until the job's `final/` is there, from its newest checkpoint. Raises Interrupted if the user asked to
+    stop."""
+    if (job.folder / "final").exists():  # killed behind it, and before the stage's end
+        return
+    shutil.rmtree(job.folder / "final.partial", ignore_errors=True)
+    if run_group(context.cluster, distill_worker, job, job.saved)["interrupted"]:
+        raise Interrupted("stopped by request")
 
 
 def _summary(context: Context, chosen: list[str]) -> str:

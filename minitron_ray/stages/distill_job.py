@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.optim import AdamW
 
 from minitron_ray.distillation.checkpoints import Checkpoints, whole_weights
-from minitron_ray.distillation.loop import Recipe, Share, Step, make_optimizer, train
+from minitron_ray.distillation.loop import MOST_SKIPPED, Recipe, Share, Step, make_optimizer, train
 from minitron_ray.distillation.teacher import OnlineTeacher
-from minitron_ray.execution.train_group import Worker
+from minitron_ray.execution.settings import CheckpointSettings
+from minitron_ray.execution.train_group import Again, Worker
 from minitron_ray.experiment import Distill
 from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import distilled_tokens, steps
 from minitron_ray.results.store import Store
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.setting import Setting
+from minitron_ray.stages.step_log import StepLog
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import unstacked
 from minitron_ray.weights.writing import write_checkpoint
@@ -35,6 +39,9 @@ class DistillJob:
     folder: Path
     """Holds `checkpoints/` while it runs, and `final/` when it is done."""
     store: Store
+    checkpoints: CheckpointSettings
+    stage: str = "distill"
+    """The stage that it is of, for events and the names of fragments."""
 
     @property
     def distill(self) -> Distill:
@@ -45,18 +52,33 @@ class DistillJob:
     @property
     def recipe(self) -> Recipe:
         distill = self.distill
-        return self.setting.recipe(distill, distill.tokens, distill.loss)
+        recipe = self.setting.recipe(distill, distill.tokens, distill.loss)
+        return replace(recipe, intermediate=self.setting.intermediate(distill, self.candidate.layers))
 
     def every(self, tokens: int | None, parts: int) -> int:
         """Optimizer steps between two events: so many tokens, or `parts` times in all."""
         distill, length = self.distill, self.setting.experiment.data.sequence_length
         return max(1, steps(tokens, distill.batch, length) if tokens else self.recipe.steps // parts)
 
+    @property
+    def writer(self) -> str:
+        """Of its rows in `steps`."""
+        return f"{self.stage}-{self.candidate.id}"
 
-def distill_worker(job: DistillJob, worker: Worker) -> dict[str, Any]:
-    """Runs on every rank; returns `step`, `tokens` and whether the user stopped it before the end."""
+    def saved(self) -> int:
+        """The step of the newest checkpoint, for one who is not of the group; 0 if there is none."""
+        names = (path.name for path in (self.folder / "checkpoints").glob("step-*"))
+        return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+def distill_worker(job: DistillJob, worker: Worker) -> dict[str, Any] | Again:
+    """Runs on every rank; returns `step`, `tokens` and whether the user stopped it before the end. `Again`
+    where something else ended it at a checkpoint."""
     written = (job.folder / "final").exists()  # another rank was lost after that
     step = job.recipe.steps if written else _Distillation(job, worker).run()
+    if step < job.recipe.steps and not worker.stopped_by_user():
+        reason = "there is room for more" if worker.regroup_requested() else "a worker was told to end"
+        return Again(f"{reason}: stopped at step {step}")
     batch_tokens = job.recipe.batch * job.recipe.sequence_length
     return {"step": step, "tokens": step * batch_tokens, "interrupted": step < job.recipe.steps}
 
@@ -69,26 +91,36 @@ class _Distillation:
         self._job, self._worker = job, worker
         torch.manual_seed(setting.experiment.seed)
         self._share: Share = setting.share(worker.rank, worker.world, worker.device)
-        self._student: Headless = setting.sharded_student(
-            job.candidate, job.scores, worker.world, worker.device
-        )
+        self._student: Headless = setting.sharded_student(job.candidate, job.scores, self._share, job.distill)
         self._optimizer: AdamW = make_optimizer(self._student, job.recipe)
         distill = job.distill
         self._teacher: OnlineTeacher | None = None
-        if distill.loss.needs_teacher:
+        if distill.needs_teacher:
             self._teacher = setting.online_teacher(self._share)
-        self._checkpoints = Checkpoints(job.folder / "checkpoints", worker.rank)
+        self._checkpoints = Checkpoints(
+            job.folder / "checkpoints",
+            worker.rank,
+            keep=job.checkpoints.keep,
+            asynchronous=job.checkpoints.asynchronous,
+        )
         self._checkpoint_every = job.every(distill.checkpoint_every, 10)
         self._validate_every = job.every(distill.validate_every, 4)
-        self._rows: list[dict[str, Any]] = []
+        self._log = StepLog(
+            setting,
+            job.candidate,
+            self._share,
+            teacher=None if self._teacher is None else "online",
+            stage=job.stage,
+            total=distilled_tokens(setting.experiment),
+            report=worker.report,
+        )
+        self._skipped = 0
 
     def run(self) -> int:
         """Trains from the newest checkpoint to the end; returns the last step made."""
-        job, last = self._job, self._job.recipe.steps
-        first = self._checkpoints.latest()
-        if first:
-            self._checkpoints.load(first, self._student, self._optimizer)
+        job, last, first = self._job, self._job.recipe.steps, self._resume()
         data = job.setting.training_data(job.recipe.batch)
+        self._seed(first + 1)
         for step in train(
             self._student,
             self._optimizer,
@@ -97,55 +129,80 @@ class _Distillation:
             job.recipe,
             self._share,
             first_step=first + 1,
-            stop_requested=self._worker.stop_requested,
+            stop_requested=self._stop_requested,
+            skipped=self._skipped,
         ):
             self._record(step, validate=step.step % self._validate_every == 0 or step.step == last)
+            if step.skipped > MOST_SKIPPED:
+                self._write_rows()  # no checkpoint: `train` is about to raise
+                continue
             if step.step % self._checkpoint_every == 0 or step.stop_requested or step.step == last:
                 self._save(step.step)
-            if step.stop_requested and step.step < last:
-                return step.step
+                if step.step < last and (step.stop_requested or self._regroup()):
+                    self._checkpoints.finish()
+                    self._checkpoints.close()
+                    return step.step
+            self._seed(step.step + 1)
         self._finish()
         return last
 
+    def _stop_requested(self) -> bool:
+        """Also where a checkpoint could not be written: the loss carries it to all ranks, which then raise in
+        the same step, at `_save`."""
+        return self._worker.stop_requested() or self._checkpoints.failed()
+
+    def _resume(self) -> int:
+        """The step of the checkpoint that is gone on from, 0 for none. Rows of later steps go: these will be
+        made again."""
+        first = self._checkpoints.latest()
+        if first:
+            self._checkpoints.load(first, self._student, self._optimizer)
+        if self._worker.rank == 0:
+            self._job.store.remove("steps", self._job.writer, first + 1)
+        if first:
+            found = [0]
+            if self._worker.rank == 0:
+                found = [self._log.go_on(self._job.store.read("steps").to_pylist(), first)]
+            dist.broadcast_object_list(found)
+            self._skipped = found[0]
+        return first
+
+    def _seed(self, step: int) -> None:
+        """Random numbers, of dropout for one, are a function of seed, step and rank: no state to keep."""
+        words = np.random.SeedSequence([self._job.setting.experiment.seed, step, self._worker.rank])
+        torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
+
+    def _regroup(self) -> bool:
+        """Whether rank 0 heard that the group is to begin again with more workers."""
+        wish = torch.tensor([float(self._worker.regroup_requested())], device=self._worker.device)
+        dist.all_reduce(wish)
+        return bool(wish.item() > 0)
+
     def _record(self, step: Step, validate: bool) -> None:
-        val_loss = self._job.setting.measure(self._student, self._share).loss if validate else None
-        self._rows.append(
-            {
-                "candidate_id": self._job.candidate.id,
-                "step": step.step,
-                "tokens": step.tokens,
-                "loss": step.loss,
-                "gradient_norm": step.gradient_norm,
-                "learning_rate": step.learning_rate,
-                "val_loss": val_loss,
-                "tokens_per_second": step.tokens_per_second,
-                "workers": self._worker.world,
-            }
-        )
-        self._worker.report(
-            "stage_progress",
-            stage="distill",
-            done=step.tokens,
-            total=distilled_tokens(self._job.setting.experiment),
-            unit="tokens",
-            loss=step.loss,
-            step=step.step,
-            tokens_per_second=step.tokens_per_second,
-            **({} if val_loss is None else {"val_loss": val_loss}),
-        )
+        setting = self._job.setting
+        self._log.add(step, setting.measure(self._student, self._share, self._teacher) if validate else None)
+
+    def _write_rows(self) -> None:
+        rows = self._log.rows
+        if self._worker.rank == 0 and rows:
+            self._checkpoints.check_owner()
+            self._job.store.append("steps", rows, writer=self._job.writer, sequence=rows[0]["step"])
+        rows.clear()
 
     def _save(self, step: int) -> None:
-        """Rows first: killed between the two, the same steps are made and written again, under the same name."""
-        if self._worker.rank == 0 and self._rows:
-            writer = f"distill-{self._job.candidate.id}"
-            self._job.store.append("steps", self._rows, writer=writer, sequence=self._rows[0]["step"])
-        self._rows = []
+        """Rows once the checkpoint that they follow is whole, and before their own: whenever this is cut off, the
+        only rows beyond the newest checkpoint are those right after it, which `_resume` drops."""
+        self._checkpoints.finish()
+        self._write_rows()
         self._checkpoints.save(step, self._student, self._optimizer)
 
     def _finish(self) -> None:
         weights = whole_weights(self._student)
+        self._checkpoints.finish()
         if self._worker.rank == 0:
+            self._checkpoints.check_owner()
             write_student(self._job, weights)
+        self._checkpoints.close()
         dist.barrier()
 
 
@@ -159,5 +216,6 @@ def write_student(job: DistillJob, weights: dict[str, torch.Tensor]) -> None:
         (name, tensor.contiguous()) for name, tensor in unstacked(own, setting.family) if name in names
     )
     partial, final = job.folder / "final.partial", job.folder / "final"
+    shutil.rmtree(partial, ignore_errors=True)  # of a group that was lost in the middle of it
     write_checkpoint(partial, tensors, setting.student_config(job.candidate, job.scores), dtype=torch.float32)
     partial.rename(final)

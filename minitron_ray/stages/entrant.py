@@ -12,7 +12,6 @@ from typing import Any, Final
 import torch
 
 from minitron_ray.distillation.loop import Share, Step
-from minitron_ray.distillation.sharding import Sharding
 from minitron_ray.distillation.teacher import TeacherSignal
 from minitron_ray.execution.cluster import GroupSize
 from minitron_ray.execution.train_group import Worker, run_group_in_trial
@@ -89,14 +88,17 @@ class Bench:
         """As it begins: cut by importance, cut by the size of weights, or random. Of a group each rank
         gets its shard."""
         setting, candidate = self.setting, entrant.shape.candidate
-        seed = setting.experiment.seed
+        seed, section = setting.experiment.seed, setting.experiment.searched.retrain
         if entrant.origin == "scratch":
             config = setting.student_config(candidate, self.scores)
             if self.group is None:
-                return Headless(initialized(config, seed=seed, device=share.device))
+                student = Headless(initialized(config, seed=seed, device=share.device))
+                setting.lift(student, section, candidate, None)
+                return student
             student = Headless(initialized(config, seed=seed))
+            setting.lift(student, section, candidate, None)
             layers = student.model.get_submodule(setting.family.decoder_layers)
-            Sharding(share.world, share.device).whole(student, layers.children())
+            setting.sharding(share).whole(student, layers.children())
             return student
         scores = self.scores
         if entrant.origin == "magnitude":
@@ -104,8 +106,10 @@ class Bench:
                 "magnitude", seed, setting.checkpoint, setting.family, setting.architecture
             )
         if self.group is not None:
-            return setting.sharded_student(candidate, scores, share.world, share.device)
-        return setting.student(candidate, scores, share.device)
+            return setting.sharded_student(candidate, scores, share, section)
+        student = setting.student(candidate, scores, share.device)
+        setting.lift(student, section, candidate, scores)
+        return student
 
     def teacher(self, share: Share) -> TeacherSignal:
         """What the students learn from."""

@@ -121,8 +121,7 @@ class _Writer:
     def add(self, subject: str, phase: str, found: Measurement, tokens: int, sequences: bool = True) -> None:
         """`tokens` are those of its distillation; without `sequences`, its losses are in the table already."""
         setting = self._setting
-        predictions = len(setting.splits.validation) * (setting.experiment.data.sequence_length - 1)
-        self._rows.setdefault(subject, []).extend(_rows(subject, phase, found, predictions, tokens))
+        self._rows.setdefault(subject, []).extend(figures(subject, phase, found, setting, tokens))
         self._perplexities.setdefault(subject, {})[phase] = found.perplexity
         if not sequences:
             return
@@ -160,17 +159,19 @@ def _cut_measurement(context: Context, candidate_id: str) -> Measurement:
     )
 
 
-def _rows(
-    subject: str, phase: str, measurement: Measurement, predictions: int, distill_tokens: int
+def figures(
+    subject: str, phase: str, measurement: Measurement, setting: Setting, distill_tokens: int
 ) -> list[dict[str, Any]]:
-    figures = [
+    """Rows of `evaluations`, of a measurement on all validation sequences."""
+    predictions = len(setting.splits.validation) * (setting.experiment.data.sequence_length - 1)
+    values = [
         ("val_loss", measurement.loss, measurement.stderr),
         # The error of exp(x) to first order.
         ("perplexity", measurement.perplexity, measurement.perplexity * measurement.stderr),
     ]
     if measurement.divergence is not None:
         error = measurement.divergence_stderr
-        figures.append(("val_divergence", measurement.divergence, math.nan if error is None else error))
+        values.append(("val_divergence", measurement.divergence, math.nan if error is None else error))
     return [
         {
             "subject": subject,
@@ -182,5 +183,5 @@ def _rows(
             "tokens": predictions,
             "distill_tokens": distill_tokens,
         }
-        for metric, value, error in figures
+        for metric, value, error in values
     ]

@@ -174,6 +174,7 @@ def _facts(context: Context, plan: Plan, candidate_id: str) -> CardFacts:
         name=f"{context.experiment.name}-{candidate_id}",
         experiment=context.experiment,
         run_id=context.run.run_id,
+        rehearsal=context.run.rehearsal,
         teacher=plan.teacher,
         start=None if plan.start_source is None else plan.start,
         start_source=plan.start_source,

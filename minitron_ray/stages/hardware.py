@@ -68,7 +68,7 @@ def layout_of(settings: ClusterSettings, hardware: Hardware | None) -> Layout:
     return Layout.on(
         hardware,
         micro_batch=settings.micro_batch,
-        workers=settings.workers,
+        workers=settings.worker_range[1] if settings.worker_range else None,
         trial_workers=settings.trial_workers,
         importance=settings.importance,
     )

@@ -10,6 +10,7 @@ from minitron_ray.data.location import is_hub_id
 from minitron_ray.experiment import Experiment
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.plan import distilled_tokens
+from minitron_ray.results.runs import REHEARSED
 
 _AXES: Final = (
     ("layers", "layers"),
@@ -42,6 +43,8 @@ class CardFacts:
     perplexity_cut: float
     perplexity: float | None
     """After distillation; None where there is none."""
+    rehearsal: bool = False
+    """Of a run with random weights."""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -67,7 +70,7 @@ pipeline_tag: text-generation
 ---
 
 # {facts.name}
-
+{_warning(facts)}
 A student of {facts.parameters:,} parameters, cut out of {_origin(facts)} {made}.
 It keeps the teacher's tokenizer; the teacher's license and its limits apply.
 
@@ -84,6 +87,10 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 print(tokenizer.decode(model.generate(**tokenizer("The capital of France is", return_tensors="pt"))[0]))
 ```
 """
+
+
+def _warning(facts: CardFacts) -> str:
+    return f"\n**Not a model: this comes from {REHEARSED}.**\n" if facts.rehearsal else ""
 
 
 def _base(experiment: Experiment) -> str:

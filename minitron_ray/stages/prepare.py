@@ -15,17 +15,20 @@ from typing import Any
 
 from minitron_ray.core.events import EventBus
 from minitron_ray.core.units import format_count
-from minitron_ray.data.sources.hub import Hub
+from minitron_ray.data.shards import Spread
 from minitron_ray.data.splits import Splits, split
+from minitron_ray.data.tokenizer import check_same_tokenizer
 from minitron_ray.data.tokens import TokenStore, build_tokens
+from minitron_ray.distillation.engine import Engine
 from minitron_ray.execution.stop import StopSignal
-from minitron_ray.experiment import Distill, Experiment, Retrain
+from minitron_ray.experiment import Correction, Distill, Experiment, Retrain
 from minitron_ray.models.architecture import CUT_AXES
 from minitron_ray.models.families import family_of
 from minitron_ray.plan import Inputs, StartConfig, tokens_seen
 from minitron_ray.results.cache import Cache
 from minitron_ray.stages.setting import Setting
 from minitron_ray.stages.start import NO_RUNS, start_folder
+from minitron_ray.stages.text_sources import source_rows
 from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.fetch import resolve_teacher
 
@@ -45,6 +48,8 @@ class Prepared:
     seconds: float
     start: StartConfig | None = None
     """The model that is cut; None where that is the teacher."""
+    sources: tuple[dict[str, Any], ...] = ()
+    """Rows of the table `sources`."""
 
 
 def prepare(
@@ -55,11 +60,14 @@ def prepare(
     stop: StopSignal,
     micro_batch: int,
     runs: Mapping[str, str] = NO_RUNS,
+    engine: Engine | None = None,
+    spread: Spread | None = None,
 ) -> Prepared:
     """Fetches, converts, tokenises, splits; leaves nothing but cache entries.
 
     `base` is the experiment file's folder; `runs` has ids of runs by experiment, whose students others
-    start from. Raises ConfigError for input that cannot be used, Interrupted if the user asked to stop.
+    start from; `spread` are the tasks that tokenise much text. Raises ConfigError for input that cannot be
+    used, Interrupted if the user asked to stop.
     """
     started = time.monotonic()
     events.emit("stage_started", stage="prepare", total=None, unit="sequences")
@@ -70,8 +78,10 @@ def prepare(
     family = family_of(checkpoint.config)
     arch = family.read(checkpoint.config)
     checkpoint.check(family, arch)
+    if start is not None:
+        check_same_tokenizer(folder, start.folder, (teacher.path, start.config.source))
     stop.check()
-    tokens = _tokens(experiment, base, cache, events, folder)
+    tokens = _tokens(experiment, base, cache, events, stop, folder, spread)
     splits = split_tokens(experiment, tokens)
     stop.check()
     measured = experiment.importance.depth.inputs(base)
@@ -99,6 +109,7 @@ def prepare(
             splits=splits,
             micro_batch=micro_batch,
             start_folder=None if start is None else start.folder,
+            engine=engine or Engine(),
         ),
         config=checkpoint.config,
         inputs=inputs,
@@ -113,6 +124,7 @@ def prepare(
         summary=summary,
         seconds=seconds,
         start=None if start is None else start.config,
+        sources=tuple(source_rows(experiment.data.source, tokens, splits)),
     )
 
 
@@ -150,15 +162,30 @@ def split_tokens(experiment: Experiment, tokens: TokenStore) -> Splits:
     return split(len(tokens), data.calibration, data.validation, minimum, data.sequence_length)
 
 
-def trainings(experiment: Experiment) -> list[Retrain | Distill]:
-    """What trains in the experiment: none, the trials, the distillation, or both."""
+def trainings(experiment: Experiment) -> list[Retrain | Distill | Correction]:
+    """What trains in the experiment: the teacher's correction, the trials, the distillation, or none of them."""
     retrain = None if experiment.search is None else experiment.search.retrain
-    return [part for part in (retrain, experiment.distill) if part is not None]
+    parts = (experiment.teacher.correction, retrain, experiment.distill)
+    return [part for part in parts if part is not None]
 
 
-def _tokens(experiment: Experiment, base: Path, cache: Cache, events: EventBus, teacher: Path) -> TokenStore:
+def _tokens(
+    experiment: Experiment,
+    base: Path,
+    cache: Cache,
+    events: EventBus,
+    stop: StopSignal,
+    teacher: Path,
+    spread: Spread | None,
+) -> TokenStore:
     data, parts = experiment.data, trainings(experiment)
     trained = max((tokens_seen(s.tokens, s.batch, data.sequence_length) for s in parts), default=0)
+    limit = data.calibration + data.validation + trained // data.sequence_length
+
+    def progress(done: int) -> None:
+        events.emit("stage_progress", stage="prepare", done=done, total=None, unit="sequences")
+        stop.check()  # shards that are done are kept
+
     return build_tokens(
         data.source,
         teacher,
@@ -166,11 +193,8 @@ def _tokens(experiment: Experiment, base: Path, cache: Cache, events: EventBus, 
         base=base,
         cache=cache,
         minimum_sequences=data.calibration + data.validation + max((s.batch for s in parts), default=0),
-        # A hub corpus may be larger than any disk; what is local is read whole.
-        limit_sequences=data.calibration + data.validation + trained // data.sequence_length
-        if isinstance(data.source, Hub)
-        else None,
-        progress=lambda n: events.emit(
-            "stage_progress", stage="prepare", done=n, total=None, unit="sequences"
-        ),
+        # A corpus of a hub or an object store may be larger than any disk; what is local is read whole.
+        limit_sequences=limit if data.source.bounded else None,
+        progress=progress,
+        spread=spread,
     )

@@ -8,7 +8,6 @@ What a fingerprint does not cover is not taken over: trials that failed, and tim
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from ruamel.yaml import YAML
 
 from minitron_ray.distillation.blocks import blocks_exist
 from minitron_ray.plan import Inputs, Plan, run_fingerprint, stage_fingerprints
+from minitron_ray.results.files import link_or_copy
 from minitron_ray.results.run import Run
 from minitron_ray.results.runs import find_runs
 from minitron_ray.results.store import Store
@@ -25,6 +25,7 @@ from minitron_ray.results.store import Store
 STUDENT_OF: Final = "student of "
 """Begins the source of a start in a plan, where that is another experiment's student."""
 TABLES: Final = {
+    "correct": (("steps", "correct-"), ("evaluations", "correct-")),
     "importance": (("importance", "importance"),),
     "zero_shot": (("zero_shot", "zero_shot"),),
     "search": (("trials", "trial-"), ("sequence_losses", "trial-")),
@@ -45,7 +46,7 @@ def take_over(
     if stage not in TABLES or (stage == "baselines" and not _settled(run.store)):
         return None
     for info in reversed(find_runs(run.folder.parent.parent)):
-        if info.folder == run.folder:
+        if info.folder == run.folder or info.rehearsal != run.rehearsal:
             continue
         record = _record(info.folder, stage, fingerprint)
         if record is not None and _given_away(info.store, record, students):
@@ -123,7 +124,7 @@ def finished(results: Path, plan: Plan, base: Path) -> dict[str, str]:
     `data`: they are not hashed again, so whether they still hold shows when the run begins. `base` is
     the experiment file's folder. Raises ConfigError where a file of the depth metric cannot be read.
     """
-    runs = list(reversed(find_runs(results)))
+    runs = [info for info in reversed(find_runs(results)) if not info.rehearsal]
     inputs = next((found for info in runs if (found := _inputs(info.folder, plan, base))), None)
     if inputs is None:
         return {}
@@ -145,7 +146,7 @@ def run_of(results: Path, plan: Plan, base: Path) -> str | None:
     """The id of the newest run, whatever its status, of this very plan; None where there is none. `base`
     and digests as in `finished`."""
     for info in reversed(find_runs(results)):
-        if info.experiment != plan.experiment.name:
+        if info.experiment != plan.experiment.name or info.rehearsal:
             continue
         inputs = _inputs(info.folder, plan, base)
         if inputs is not None and run_fingerprint(plan, inputs) == info.fingerprint:
@@ -164,6 +165,7 @@ def _inputs(folder: Path, plan: Plan, base: Path) -> Inputs | None:
     here = experiment.model_dump(mode="json", include={"teacher", "start", "data"})
     for section, unread in (
         ("teacher", "config"),
+        ("teacher", "correction"),
         ("start", "config"),
         ("data", "calibration"),
         ("data", "validation"),
@@ -201,22 +203,14 @@ def _copy(source: Path, run: Run, stage: str, output: dict[str, Any]) -> None:
             run.store.append(table, rows, writer=writer, sequence=sequence)
     if stage == "search" and (journal := source / "study.journal").is_file():
         (run.folder / journal.name).unlink(missing_ok=True)
-        _link(str(journal), str(run.folder / journal.name))
+        link_or_copy(journal, run.folder / journal.name)
     for path in output.get("folders", {}).values():
         target = run.folder / path
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source / path, target, copy_function=_link)
+        shutil.copytree(source / path, target, copy_function=link_or_copy)
 
 
 def _clear(store: Store, stage: str) -> None:
     for table, writers in TABLES[stage]:
         for writer in {writer for writer, _, _ in store.fragments(table, writers)}:
             store.remove(table, writer)
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for the same bytes; a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

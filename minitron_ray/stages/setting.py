@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from minitron_ray.core.hardware import peak_of
 from minitron_ray.data.batches import batch_indices
 from minitron_ray.data.splits import Splits
 from minitron_ray.data.tokens import TokenStore
+from minitron_ray.distillation.engine import TEACHER_SHARE, Engine
 from minitron_ray.distillation.loop import Data, Recipe, Share
 from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.schedule import Schedule
-from minitron_ray.distillation.sharding import Sharding
+from minitron_ray.distillation.sharding import FrozenSharding, Sharding, prepare_layer
+from minitron_ray.distillation.state_loss import Intermediate
 from minitron_ray.distillation.teacher import OnlineTeacher, StoredTeacher, TeacherSignal
 from minitron_ray.evaluation.measure import Measurement, measure
-from minitron_ray.experiment import Experiment, Optimization
+from minitron_ray.experiment import Distillation, Experiment, Optimization
 from minitron_ray.importance.scores import Scores
 from minitron_ray.models.architecture import Architecture
+from minitron_ray.models.cost import BYTES, forward_flops, head_flops, training_flops
 from minitron_ray.models.families import family_of
 from minitron_ray.models.family import Family
 from minitron_ray.models.kept import Kept
+from minitron_ray.plan.intermediate import resolve_intermediate
 from minitron_ray.search.selection import select
 from minitron_ray.search.space import Candidate
 from minitron_ray.weights.checkpoint import Checkpoint
-from minitron_ray.weights.device import compute_dtype, local_device
+from minitron_ray.weights.device import compute_dtype, free_memory, local_device
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import build
 from minitron_ray.weights.surgery import cut
@@ -45,6 +51,7 @@ class Setting:
     micro_batch: int
     start_folder: Path | None = None
     """Of the model that is cut; None where that is the teacher."""
+    engine: Engine = field(default_factory=Engine)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -70,6 +77,12 @@ class Setting:
     def teacher_architecture(self) -> Architecture:
         return self.family.read(self.teacher_checkpoint.config)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows that both LM heads have. Models of one tokenizer may be padded to unlike sizes; what one of them
+        has no row for takes no part in losses."""
+        return min(self.architecture.vocab, self.teacher_architecture.vocab)
+
     def tokens(self) -> TokenStore:
         return TokenStore(self.tokens_folder)
 
@@ -92,13 +105,33 @@ class Setting:
         return Headless(model.eval())
 
     def online_teacher(self, share: Share) -> OnlineTeacher:
-        return OnlineTeacher(self.teacher(share))
+        """The teacher as it runs beside students. Of several ranks all must call: it is spread over them
+        where it would take more than a tenth of the memory that the fullest of their devices has free."""
+        if not self._spreads_teacher(share):
+            return OnlineTeacher(self.teacher(share), self.vocabulary)
+        checkpoint, sharding = self.teacher_checkpoint, FrozenSharding(share.world, share.device)
+        model = build(
+            checkpoint.config, checkpoint, dtype=share.dtype, device=share.device, each_layer=sharding.layer
+        )
+        teacher = Headless(model)
+        head = teacher.head
+        assert isinstance(head, torch.nn.Parameter)
+        sharding.rest(teacher, head)
+        return OnlineTeacher(teacher, self.vocabulary)
+
+    def _spreads_teacher(self, share: Share) -> bool:
+        if share.world == 1 or self.engine.teacher != "auto":
+            return share.world > 1 and self.engine.teacher == "sharded"
+        free = torch.tensor(float(free_memory(share.device)), device=share.device)
+        dist.all_reduce(free, op=dist.ReduceOp.MIN)  # all must decide alike
+        value = BYTES[str(share.dtype).removeprefix("torch.")]
+        return self.family.parameters(self.teacher_architecture) * value > TEACHER_SHARE * float(free)
 
     def stored_teacher(self, folder: Path, share: Share) -> StoredTeacher:
         """The teacher's stored signal; of the model itself only the LM head is opened."""
         checkpoint, family = self.teacher_checkpoint, self.family
         name = family.embedding if self.teacher_architecture.tied else family.lm_head
-        head = checkpoint.tensor(f"{name}.weight").to(share.device, share.dtype)
+        head = checkpoint.tensor(f"{name}.weight")[: self.vocabulary].to(share.device, share.dtype)
         return StoredTeacher(folder, head, family.softcap_of(checkpoint.config))
 
     def student(
@@ -106,27 +139,73 @@ class Setting:
     ) -> Headless:
         """The undistilled student cut from the memory-mapped checkpoint, float32."""
         config, tensors = self.cut(candidate, scores, torch.float32)
-        return Headless(build(config, tensors, dtype=torch.float32, device=device, trainable=trainable))
-
-    def sharded_student(
-        self, candidate: Candidate, scores: Scores, world: int, device: torch.device
-    ) -> Headless:
-        """The same for training, spread over the devices of `world` ranks, which must all call: each
-        layer as soon as it is cut, so that no device ever holds the whole student."""
-        config, tensors = self.cut(candidate, scores, torch.float32)
-        sharding = Sharding(world, device)
-        student = Headless(
+        # Compiling takes longer than a trial, and each shape would have to be.
+        engine = replace(self.engine, compiled=False)
+        return Headless(
             build(
                 config,
                 tensors,
                 dtype=torch.float32,
                 device=device,
+                trainable=trainable,
+                each_layer=lambda layer: prepare_layer(layer, engine),
+            )
+        )
+
+    def sharded_student(
+        self, candidate: Candidate, scores: Scores, share: Share, section: Distillation
+    ) -> Headless:
+        """The same for training, spread over the devices of all ranks of `share`, which must all call: each
+        layer as soon as it is cut, so that no device ever holds the whole student. With the projection that
+        `section` needs."""
+        config, tensors = self.cut(candidate, scores, torch.float32)
+        sharding = self.sharding(share)
+        student = Headless(
+            build(
+                config,
+                tensors,
+                dtype=torch.float32,
+                device=share.device,
                 trainable=True,
                 each_layer=sharding.layer,
             )
         )
+        self.lift(student, section, candidate, scores)
         sharding.rest(student)
         return student
+
+    def intermediate(self, section: Distillation, layers: int) -> Intermediate | None:
+        """The hidden states that a student of so many layers is to match in `section`."""
+        return resolve_intermediate(section, self.family, self.teacher_architecture.layers, layers)
+
+    def lift(
+        self, student: Headless, section: Distillation, candidate: Candidate, scores: Scores | None
+    ) -> None:
+        """Give a student the map to the teacher's width, where it needs one for `section`.
+
+        For one that was cut from the teacher by `scores` it begins with every channel where that came from.
+        Of any other nothing is known of that: it is drawn, from the experiment's seed alone.
+        """
+        width = self.teacher_architecture.hidden
+        if candidate.hidden == width or self.intermediate(section, candidate.layers) is None:
+            return
+        initial = self._projection(candidate, scores if self.start_folder is None else None, width)
+        student.lift(initial.to(student.head.device))
+
+    def _projection(self, candidate: Candidate, scores: Scores | None, width: int) -> torch.Tensor:
+        """Float32 (teacher's hidden, student's hidden)."""
+        if scores is not None:
+            initial = torch.zeros(width, candidate.hidden)
+            initial[torch.as_tensor(self._kept(candidate, scores).hidden), torch.arange(candidate.hidden)] = (
+                1.0
+            )
+            return initial
+        generator = torch.Generator().manual_seed(self.experiment.seed)
+        return torch.randn(width, candidate.hidden, generator=generator) / candidate.hidden**0.5
+
+    def sharding(self, share: Share) -> Sharding:
+        """For a student of all ranks of `share`."""
+        return Sharding(share.world, share.device, share.dtype, self.engine)
 
     def cut(
         self, candidate: Candidate, scores: Scores, dtype: torch.dtype
@@ -161,6 +240,27 @@ class Setting:
             clip=optimization.clip,
         )
 
+    def training_flops(self, candidate: Candidate, *, teacher: Literal["online", "stored"] | None) -> int:
+        """Model operations of a trained token: the student's forward and backward pass, and of the teacher its
+        forward pass, the LM head alone where its final hidden states are stored, or nothing."""
+        length = self.experiment.data.sequence_length
+        student = candidate.architecture(self.architecture)
+        own = training_flops(self.family, student, length)
+        if teacher is None:
+            return own
+        if teacher == "stored":
+            return own + head_flops(self.teacher_architecture)
+        return own + forward_flops(self.family, self.teacher_architecture, length)
+
+    def peak(self, share: Share) -> float | None:
+        """Operations a second of this process's device at its peak: as the cluster file says, or by its name.
+        None where that is not known, as for products in float32."""
+        if self.engine.peak is not None:
+            return self.engine.peak
+        if share.device.type != "cuda" or share.dtype != torch.bfloat16:
+            return None
+        return peak_of(torch.cuda.get_device_name(share.device))
+
     def training_indices(self, step: int, batch: int) -> np.ndarray:
         """The sequences of an optimizer step (from 1): the same for every candidate and every attempt."""
         return batch_indices(self.splits.train, step - 1, batch, self.experiment.seed)
@@ -189,6 +289,7 @@ class Setting:
             teacher_hidden=teacher.hidden if teacher else None,
             teacher_head=teacher.head if teacher else None,
             teacher_softcap=teacher.softcap if teacher else None,
+            vocabulary=self.vocabulary,
             rank=share.rank,
             world=share.world,
             progress=progress,

@@ -43,12 +43,14 @@ NONE_EARLIER: Final[Mapping[str, Earlier]] = MappingProxyType({})
 
 def find_student(results: Path, experiment: str, run_id: str | None = None) -> Student:
     """The best student that a run of `experiment` exported: of the run of that id, or of the newest
-    that did. The best is that of the lowest validation loss, distilled where any is.
+    that did. The best is that of the lowest validation loss, distilled where any is. A rehearsal is only
+    taken by its id, which another rehearsal has.
 
     A run that is driven again keeps what it has exported, however that ends. Raises ConfigError where
     there is no such run, or none that has exported.
     """
     runs = [info for info in find_runs(results) if info.experiment == experiment]
+    runs = [info for info in runs if not info.rehearsal or info.run_id == run_id]
     if not runs:
         raise ConfigError(
             f"start.experiment: there is no run of {experiment} in {results}; run it first, or name its file "

@@ -62,6 +62,7 @@ class Library:
 
     def key(self, signal: StoredSignal, sequences: Sequence[int]) -> str:
         """Names a block: by all that decides its bytes."""
+        common = self.setting.vocabulary
         return digest(
             {
                 "version": SIGNAL_VERSION,
@@ -71,6 +72,8 @@ class Library:
                 "signal": signal.identity,
                 "seed": self.setting.experiment.seed if signal.seeded else None,
                 "sequences": list(sequences),
+                # Only where the student has fewer rows: all other blocks keep their names.
+                **({"vocabulary": common} if common < self.setting.teacher_architecture.vocab else {}),
             }
         )
 
@@ -183,6 +186,7 @@ def _write(
         dtype=setting.share().dtype,
         batch=setting.micro_batch,
         seed=setting.experiment.seed,
+        vocabulary=setting.vocabulary,
         progress=progress,
     )
 

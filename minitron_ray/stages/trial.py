@@ -9,14 +9,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from minitron_ray.core.errors import MinitronError
-from minitron_ray.distillation.loop import Recipe, Share, Step, make_optimizer, train
+from minitron_ray.distillation.loop import MOST_SKIPPED, Recipe, Share, Step, make_optimizer, train
 from minitron_ray.distillation.teacher import TeacherSignal
 from minitron_ray.execution.cluster import GroupSize
 from minitron_ray.importance.scores import Scores
@@ -98,12 +98,17 @@ class _Retraining:
     ) -> None:
         retrain = setting.experiment.searched.retrain
         self._setting, self._student, self._teacher, self._share = setting, student, teacher, share
-        self._recipe: Recipe = setting.recipe(retrain, retrain.tokens, retrain.loss)
+        layers = len(list(student.model.get_submodule(setting.family.decoder_layers).children()))
+        self._recipe: Recipe = replace(
+            setting.recipe(retrain, retrain.tokens, retrain.loss),
+            intermediate=setting.intermediate(retrain, layers),
+        )
         self._batch = retrain.batch
         self._optimizer = make_optimizer(student, self._recipe)
         self._on_rung, self._state = on_rung, state
         self.rungs: list[RungResult] = []
         self._losses: list[float] = []
+        self._skipped = 0
         self._before = 0.0
         self._started = time.monotonic()
 
@@ -124,8 +129,13 @@ class _Retraining:
             self._share,
             first_step=done + 1,
             stop_requested=stop,
+            skipped=self._skipped,
         ):
-            self._losses.append(step.loss)
+            self._skipped = step.skipped
+            if step.skipped > MOST_SKIPPED:
+                continue  # `train` is about to raise
+            if not step.skipped:
+                self._losses.append(step.loss)
             on_step(step)
             if step.step in rungs:
                 self._rung(step.step, final=step.step == last)
@@ -157,7 +167,7 @@ class _Retraining:
     def _save(self, step: int) -> None:
         assert self._state is not None
         rungs = [asdict(rung) for rung in self.rungs]
-        note = {"step": step, "recipe": repr(self._recipe), "rungs": rungs}
+        note = {"step": step, "skipped": self._skipped, "recipe": repr(self._recipe), "rungs": rungs}
         self._state.save(self._student, self._optimizer, note)
 
     def _load(self) -> int:
@@ -169,6 +179,7 @@ class _Retraining:
             return 0
         self.rungs = [RungResult(**{**rung, "losses": tuple(rung["losses"])}) for rung in note["rungs"]]
         self._before = self.rungs[-1].seconds
+        self._skipped = note.get("skipped", 0)
         step: int = note["step"]
         return step
 
@@ -207,6 +218,7 @@ class Objective:
             self._in_group(candidate, report_rung, reporter)
             return
         student = setting.student(candidate, self.scores, share.device)
+        setting.lift(student, setting.experiment.searched.retrain, candidate, self.scores)
         measured = {"latency": latency(student, share, setting)} if self.latency else {}
         teacher: TeacherSignal = (
             setting.stored_teacher(self.signal, share) if self.signal else setting.online_teacher(share)

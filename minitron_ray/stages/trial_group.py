@@ -38,7 +38,9 @@ def to_next_rung(trial: GroupTrial, worker: Worker) -> list[RungResult]:
     setting = trial.setting
     torch.manual_seed(setting.experiment.seed)
     share = setting.share(worker.rank, worker.world, worker.device)
-    student = setting.sharded_student(trial.candidate, trial.scores, worker.world, worker.device)
+    student = setting.sharded_student(
+        trial.candidate, trial.scores, share, setting.experiment.searched.retrain
+    )
     teacher = setting.stored_teacher(trial.signal, share) if trial.signal else setting.online_teacher(share)
 
     def on_step(step: Step) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -68,6 +69,14 @@ def free_memory(device: torch.device) -> int:
             continue
         free = min(free, max(room, 0))
     return free
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held on `device` so far: of an accelerator those of its tensors,
+    of a CPU its resident memory, in which mapped files count."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _available() -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -66,6 +68,23 @@ def resolve_teacher(
     if path.startswith(LOCAL):
         return _from_disk(base / Path(path).expanduser(), sha256, cache, tokenizer)
     return _from_hub(path, revision, base, tokenizer)
+
+
+def outline_of(
+    path: str, revision: str | None, sha256: str | None, base: Path, cache: Cache
+) -> tuple[Path, bool]:
+    """The model's folder, and whether its weights are in it: of the hub all but those is fetched, and its list
+    of files is looked at. Raises as `resolve_teacher` does, EnvironmentFailure too where no weights are there.
+    """
+    if path.startswith((PREFIX, *LOCAL)) or revision is None:
+        return resolve_teacher(path, revision, sha256, base, cache).folder, True
+    folder = _snapshot(path, revision, [name for name in _WANTED if "safetensors" not in name])
+    if not _has_weights(path, revision):
+        raise EnvironmentFailure(
+            f"teacher.path: {path} at {revision} holds no safetensors; name another model"
+        )
+    check_tokenizer(folder)
+    return folder, False
 
 
 def read_config_only(
@@ -156,16 +175,34 @@ def _from_hub(path: str, revision: str | None, base: Path, tokenizer: bool) -> T
     return TeacherFolder(folder=folder, source={"kind": "hub", "path": path, "revision": revision})
 
 
-def _snapshot(path: str, revision: str) -> Path:
+def _snapshot(path: str, revision: str, wanted: Sequence[str] = _WANTED) -> Path:
+    """The folder of the hub's cache with at least the `wanted` files."""
     from huggingface_hub import snapshot_download
 
+    with _asking_hub(path, revision):
+        folder = snapshot_download(
+            path, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(_UNWANTED)
+        )
+    return Path(folder)
+
+
+def _has_weights(path: str, revision: str) -> bool:
+    """Whether the hub lists weights that can be read."""
+    from huggingface_hub import HfApi
+
+    with _asking_hub(path, revision):
+        names = HfApi().list_repo_files(path, revision=revision)
+    return any(name.endswith(".safetensors") for name in names)
+
+
+@contextmanager
+def _asking_hub(path: str, revision: str) -> Iterator[None]:
+    """Without a word of its own; whatever goes wrong is an EnvironmentFailure."""
     from minitron_ray.data.tokenizer import quiet
 
     try:
         with quiet():
-            folder = snapshot_download(
-                path, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
-            )
+            yield
     except Exception as error:  # its HTTP client, and with it the errors, changes from release to release
         reason = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
@@ -175,7 +212,6 @@ def _snapshot(path: str, revision: str) -> Path:
             "network, HF_TOKEN and HF_HUB_OFFLINE, or download it elsewhere and name the local folder "
             "in teacher.path"
         ) from error
-    return Path(folder)
 
 
 def _converted(gguf: Path, sha256: str, cache: Cache) -> Path:

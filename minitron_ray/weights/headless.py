@@ -27,6 +27,14 @@ class Headless(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.projection: nn.Linear | None = None
+        """Lifts hidden states to the teacher's width where both are compared; no part of the model."""
+
+    def lift(self, initial: Tensor) -> None:
+        """Learn a projection from `initial`, (teacher's hidden, own hidden), which it takes over."""
+        width, own = initial.shape
+        self.projection = nn.Linear(own, width, bias=False, device="meta")
+        self.projection.weight = nn.Parameter(initial)
 
     @property
     def head(self) -> Tensor:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+HeadOrNone = TypeVar("HeadOrNone", Tensor, Tensor | None)
+
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits held at once: 64 MiB in float32 on a CPU, where caches matter; 512 MiB on a GPU."""
+
+
+def common_rows(head: HeadOrNone, vocabulary: int | None) -> HeadOrNone:
+    """The first `vocabulary` rows of an LM head (vocabulary, hidden), all of them for None. Two models of one
+    tokenizer may be padded to unlike numbers of rows; those beyond the common part stand for no token."""
+    return head if head is None or vocabulary is None or len(head) <= vocabulary else head[:vocabulary]
 
 
 def chunks(tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
@@ -41,15 +50,16 @@ def sequence_scores(
     dtype: torch.dtype = torch.float32,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross entropy and KL(teacher || student) of each sequence, nats a token, float64 (samples,).
 
     `hidden` is (samples, tokens, hidden); the last position predicts nothing and is left out, so a
     sequence of T tokens has T - 1 predictions. Logits are computed in `dtype`, capped and compared in
-    float32.
+    float32, over the first `vocabulary` rows of either head (None: all).
     """
     samples, tokens, _ = hidden.shape
-    head = head.to(dtype)
+    head, teacher_head = common_rows(head, vocabulary).to(dtype), common_rows(teacher_head, vocabulary)
     teacher_head = None if teacher_head is None else teacher_head.to(dtype)
     losses = torch.empty(samples, dtype=torch.float64)
     divergences = None if teacher_hidden is None else torch.empty(samples, dtype=torch.float64)

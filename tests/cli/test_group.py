@@ -74,6 +74,8 @@ def test_all_commands_are_there_and_explained():
         "runs",
         "doctor",
         "schema",
+        "submit",
+        "watch",
     }
     assert expected == set(main.commands)
     for name in expected:

@@ -67,7 +67,7 @@ MISTAKES = [
         "kind: files",
         "kind: flies",
         "x.yaml:4:18: data.source.kind: unknown kind 'flies'; did you mean 'files'? known kinds: "
-        "files, hub, pypi, tokens",
+        "files, hub, mixture, pypi, tokens",
         id="kind",
     ),
     pytest.param(

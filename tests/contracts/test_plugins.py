@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 
 from minitron_ray.core.fingerprint import digest
 from minitron_ray.core.kinds import plugins
-from minitron_ray.data.source import Source, TextSource, TokenSource
+from minitron_ray.data.source import MixedSource, Source, TextSource, TokenSource
 from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.signal import Signal, StoredSignal
+from minitron_ray.distillation.state_loss import StateLoss
 from minitron_ray.distillation.targets import SparseTargets
 from minitron_ray.evaluation.task import Batch, Material, Sequences, Task
 from minitron_ray.importance.metric import (
@@ -28,12 +30,13 @@ from minitron_ray.importance.metric import (
     UnitMetric,
 )
 from minitron_ray.importance.units import unit_shapes
-from minitron_ray.models.families import family_of
+from minitron_ray.models.families import family_of, supported
 from minitron_ray.search.sampler import LearningSampler, OrderedSampler, SearchSampler
 from minitron_ray.weights.checkpoint import Checkpoint
 
 FOLDERS: dict[str, type[Any]] = {
     "minitron_ray.data.sources": Source,
+    "minitron_ray.distillation.intermediate": StateLoss,
     "minitron_ray.distillation.losses": DistillationLoss,
     "minitron_ray.distillation.signals": Signal,
     "minitron_ray.importance.width": UnitMetric,
@@ -146,6 +149,21 @@ def test_a_loss_takes_a_few_probabilities_or_says_why_not(plugin: type[Distillat
     torch.testing.assert_close(found, loss.value_and_gradient(student.clone(), teacher.clone(), labels))
 
 
+@pytest.mark.parametrize("plugin", kinds("minitron_ray.distillation.intermediate"))
+@pytest.mark.parametrize(
+    "model_type", [name for name in supported() if family_of({"model_type": name}).norms_inputs]
+)
+def test_hidden_states_are_compared_behind_norms_of_the_network(
+    plugin: type[StateLoss], model_type: str
+) -> None:
+    of = family_of({"model_type": model_type})
+    names = {tensor.name for tensor in of.tensors}
+    for pair in made(plugin).pairs(of, 6, 4):
+        for path in (pair.teacher, pair.student):
+            numbered = re.sub(r"\.\d+\.", ".{layer}.", f"{path}.weight")
+            assert numbered in names and ("norm" in path or "ln_" in path)
+
+
 @pytest.mark.parametrize("plugin", kinds("minitron_ray.importance.width"))
 def test_a_width_metric_scores_every_unit_and_not_the_batches(
     plugin: type[UnitMetric], tiny_llama: Path
@@ -246,6 +264,6 @@ def test_a_sampler_learns_with_optuna_or_has_an_order(plugin: type[SearchSampler
 
 
 @pytest.mark.parametrize("plugin", kinds("minitron_ray.data.sources"))
-def test_a_source_is_text_or_tokens(plugin: type[Source]) -> None:
-    assert issubclass(plugin, TextSource) != issubclass(plugin, TokenSource)
-    assert "path" in plugin.model_fields
+def test_a_source_is_text_or_tokens_or_a_mixture(plugin: type[Source]) -> None:
+    assert sum(issubclass(plugin, base) for base in (TextSource, TokenSource, MixedSource)) == 1
+    assert ("path" in plugin.model_fields) != issubclass(plugin, MixedSource)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from minitron_ray.core.errors import ConfigError, EnvironmentFailure
 from minitron_ray.core.kinds import plugins
 from minitron_ray.data.hub import documents_of
-from minitron_ray.data.source import Source, TextSource, TokenSource
+from minitron_ray.data.source import MixedSource, Source, TextSource, TokenSource
 from minitron_ray.data.sources.files import Files
 from minitron_ray.data.sources.hub import Hub
 from minitron_ray.data.sources.tokens import Tokens
@@ -25,10 +26,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 def test_every_source_says_what_it_gives() -> None:
     found = plugins("minitron_ray.data.sources")
-    assert list(found) == ["files", "hub", "pypi", "tokens"]
+    assert list(found) == ["files", "hub", "mixture", "pypi", "tokens"]
     for cls in found.values():
         assert issubclass(cls, Source) and cls.__doc__
-        assert issubclass(cls, TextSource) != issubclass(cls, TokenSource)
+        assert sum(issubclass(cls, base) for base in (TextSource, TokenSource, MixedSource)) == 1
 
 
 def test_a_folder_in_an_order_of_names_alone(tiny_text: Path, cache: Cache) -> None:
@@ -168,6 +169,31 @@ def test_rows_of_a_data_set() -> None:
         list(documents_of(rows, "body", "owner/name"))
     with pytest.raises(ConfigError, match="column 'text' holds int, not text"):
         list(documents_of([{"text": 3}], "text", "owner/name"))
+
+
+def test_a_data_set_is_read_file_by_file(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library streams three local files in place of the hub's."""
+    import datasets
+
+    for name in "abc":
+        rows = (json.dumps({"text": f"{name}{n}"}) for n in range(4))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    files = [str(tmp_path / f"{name}.jsonl") for name in "abc"]
+    load = datasets.load_dataset
+
+    def stream(*_: object, **__: object) -> datasets.IterableDataset:
+        return load("json", data_files=files, split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    source = Hub(path="owner/name", revision=COMMIT)
+    shards = [pickle.loads(pickle.dumps(shard)) for shard in source.shards(Path(), cache)]
+    found = [[document.text for document in shard.documents()] for shard in shards]
+    assert found == [[f"{name}{n}" for n in range(4)] for name in "abc"]
+    assert [shard.size for shard in shards] == [None] * 3
+    assert next(shards[1].documents()).origin == "owner/name (default, train) file 2:1"
+    assert len({str(shard.identity) for shard in shards}) == 3 and source.bounded
 
 
 def test_a_hub_that_is_out_of_reach_is_one_line(cache: Cache, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,15 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.data.sources.files import Files
 from minitron_ray.data.sources.tokens import Tokens
 from minitron_ray.data.tokenizer import load_tokenizer, tokenizer_digest
-from minitron_ray.data.tokens import TokenStore, _Writer, build_tokens
+from minitron_ray.data.tokens import TokenStore, build_tokens
 from minitron_ray.results.cache import Cache
 
 
@@ -143,27 +141,6 @@ def test_the_file_says_what_it_holds(tiny_text: Path, tiny_llama: Path, cache: C
     assert schema.field("input_ids").type == pa.list_(pa.uint32(), 32)
     said = json.loads(schema.metadata[b"minitron_ray"])
     assert said["tokenizer"] == tokenizer_digest(tiny_llama) and said["sequence_length"] == 32
-
-
-@given(
-    documents=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=40), max_size=12),
-    length=st.integers(1, 9),
-    limit=st.none() | st.integers(1, 5),
-)
-def test_packing_loses_only_the_tail(
-    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], length: int, limit: int | None
-) -> None:
-    folder = tmp_path_factory.mktemp("store")
-    with _Writer(folder / "tokens.arrow", length, limit, {}, lambda n: None) as writer:
-        for ids in documents:
-            if not writer.append(np.array(ids)):
-                break
-    (folder / "counts.json").write_text(json.dumps(writer.counts()))
-    store = TokenStore(folder)
-    stream = [token for ids in documents for token in ids]
-    expected = len(stream) // length if limit is None else min(limit, len(stream) // length)
-    assert len(store) == expected
-    assert store.sequences(range(expected)).ravel().tolist() == stream[: expected * length]
 
 
 def test_a_tokenizer_with_truncation_and_padding_is_used_without(tiny_llama: Path, tmp_path: Path) -> None:

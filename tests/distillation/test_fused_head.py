@@ -98,3 +98,40 @@ def test_sequence_scores_equal_torch() -> None:
     torch.testing.assert_close(
         divergences.sum() * predictions, plain_kl(t, 1.0).detach().double(), rtol=1e-5, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(("own", "others"), [(50, 44), (44, 50)])
+def test_rows_beyond_the_common_vocabulary_take_no_part(own: int, others: int) -> None:
+    """Against the plain computation on logits that are sliced to the first 44."""
+    ours, theirs = tensors(), tensors()
+    for t in (ours, theirs):
+        t["head"] = t["head"].detach()[:own].clone().requires_grad_()
+        t["teacher_head"], t["input_ids"] = t["teacher_head"][:others], t["input_ids"] % 44
+    loss = fused_head_loss(loss=ForwardKL(), dtype=torch.float32, vocabulary=44, **ours)
+    student, teacher = (
+        (theirs[f"{whose}hidden"] @ theirs[f"{whose}head"].T)[:, :-1, :44].log_softmax(-1)
+        for whose in ("", "teacher_")
+    )
+    expected = F.kl_div(student, teacher, reduction="sum", log_target=True)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    loss.backward()
+    expected.backward()
+    for name in ("hidden", "head"):
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-4, atol=1e-5)
+    assert ours["head"].grad is not None and ours["head"].grad.shape == (own, 8)
+    assert not ours["head"].grad[44:].any()
+
+    losses, divergences = vocabulary.sequence_scores(
+        ours["hidden"],
+        ours["head"],
+        ours["input_ids"],
+        ours["teacher_hidden"],
+        ours["teacher_head"],
+        vocabulary=44,
+    )
+    assert divergences is not None
+    torch.testing.assert_close(divergences.sum() * 16, expected.double(), rtol=1e-5, atol=1e-4)
+    labels = ours["input_ids"][:, 1:, None]
+    torch.testing.assert_close(
+        losses, -student.gather(-1, labels).double().mean((1, 2)), rtol=1e-5, atol=1e-5
+    )

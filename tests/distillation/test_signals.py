@@ -358,3 +358,36 @@ def test_a_block_that_was_removed_is_named(teacher: Headless, tmp_path: Path) ->
     (tmp_path / "b" / "hidden.bin").unlink()
     with pytest.raises(MinitronError, match=r"incomplete: .*b/hidden\.bin is missing; remove the folder"):
         source.targets([15], IDS[:1])
+
+
+@pytest.mark.parametrize("signal", [TopK(k=8), Sampled(draws=6)])
+def test_a_signal_of_the_common_vocabulary_is_that_of_a_teacher_without_the_other_rows(
+    signal: StoredSignal, tiny_llama: Path, tmp_path: Path
+) -> None:
+    whole, small = opened(tiny_llama), opened(tiny_llama)
+    block = SignalBlock(folder=tmp_path, signal=signal, sequences=NUMBERS)
+    ids = TOKENS % 200
+    hidden = OnlineTeacher(small, 200).hidden(NUMBERS, torch.from_numpy(ids[NUMBERS]))
+    expected = signal.encode(hidden, small.head.detach()[:200].clone(), small.softcap, NUMBERS, 0)
+    (tmp_path / "block").mkdir()
+    compute_block(
+        block,
+        tmp_path / "block",
+        whole,
+        ids.__getitem__,
+        dtype=torch.float32,
+        batch=4,
+        seed=0,
+        vocabulary=200,
+    )
+    listed = SignalBlock(folder=tmp_path / "block", signal=signal, sequences=NUMBERS)
+    write_signal(tmp_path, [listed])
+    kept = OnlineTeacher(whole, 200)
+    assert kept.head.shape == (200, 48)
+    found = StoredTeacher(tmp_path, kept.head).targets(NUMBERS, torch.from_numpy(ids[NUMBERS]))
+    rows = [signal.row(expected, place) for place in range(len(NUMBERS))]
+    wanted = signal.decode(rows, CPU)
+    assert isinstance(found, SparseTargets) and isinstance(wanted, SparseTargets)
+    torch.testing.assert_close(found.ids, wanted.ids)
+    torch.testing.assert_close(found.probabilities, wanted.probabilities)
+    assert int(found.ids.max()) < 200

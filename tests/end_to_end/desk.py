@@ -83,7 +83,7 @@ class Desk:
     def call(self, *arguments: str, expect: int = 0, **environment: str) -> tuple[str, str]:
         """stdout and stderr of a command that must end with this exit code."""
         process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=500)
         assert process.returncode == expect, f"exit code {process.returncode}\n{err}\n{out}"
         return out, err
 
@@ -115,5 +115,5 @@ class Desk:
             assert time.monotonic() < deadline, "what the test waits for never came"
             time.sleep(0.02)
         os.kill(process.pid, number)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         return process.returncode, err

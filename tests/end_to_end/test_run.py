@@ -175,10 +175,13 @@ def test_kill_9_of_the_driver_loses_and_doubles_nothing(desk: Desk, whole: Desk,
     assert contents(desk) == contents(whole)
 
 
-def test_ctrl_c_stops_at_a_safe_point_and_says_how_to_go_on(desk: Desk, whole: Desk) -> None:
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_comes_at_a_safe_point_and_says_how_to_go_on(
+    desk: Desk, whole: Desk, number: signal.Signals, exit_code: int
+) -> None:
     seen = lambda: list(desk.results.glob("tiny/*/tables/steps/*.arrow"))  # noqa: E731
-    code, err = desk.stop_when(seen, signal.SIGINT)
-    assert code == 130
+    code, err = desk.stop_when(seen, number)
+    assert code == exit_code
     assert "stopping at the next safe point" in err and "run it again" in err and "Traceback" not in err
     assert desk.rows("runs")[-1]["status"] == "interrupted"
     desk.run()

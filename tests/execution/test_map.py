@@ -14,9 +14,12 @@ import pytest
 
 from minitron_ray.core.errors import Interrupted, MinitronError
 from minitron_ray.core.events import Event, EventBus
+from minitron_ray.data import reading, tokens
+from minitron_ray.data.sources.files import Files
 from minitron_ray.execution.cluster import Cluster
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
+from minitron_ray.results.cache import Cache
 
 pytestmark = pytest.mark.ray
 
@@ -57,6 +60,26 @@ def test_progress_of_the_parts_is_added_up(cluster: Cluster) -> None:
     while 7 not in told and time.monotonic() < deadline:
         time.sleep(0.05)
     assert told[-1] == 7
+
+
+def test_text_is_tokenised_by_tasks_to_the_same_bytes(
+    cluster: Cluster, tiny_text: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one CPU each and no device; and what they made is there when it is asked for again."""
+    source = Files(path=str(tiny_text))
+
+    def store(name: str, **more: Any) -> bytes:
+        found = tokens.build_tokens(
+            source, tiny_llama, sequence_length=32, base=tmp_path, cache=Cache(tmp_path / name), **more
+        )
+        return (found.folder / "tokens.arrow").read_bytes()
+
+    whole = store("one")
+    monkeypatch.setattr(reading, "SHARD", 15_000)
+    monkeypatch.setattr(tokens, "LARGE", 1)
+    assert store("many", spread=cluster) == whole
+    made = list((tmp_path / "many" / ".cache" / "shards").glob("*/DONE.json"))
+    assert len(made) == len(list(source.shards(tmp_path, Cache(tmp_path)))) == 3
 
 
 def study(part: int, report: Any) -> None:

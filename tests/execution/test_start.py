@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minitron_ray.core.errors import EnvironmentFailure
-from minitron_ray.execution.ray_start import _private_token, keep_logs, start_ray
+from minitron_ray.execution.ray_start import keep_logs, private_token, start_ray
 from minitron_ray.execution.stop import StopSignal
 
 
@@ -42,11 +42,11 @@ def test_sigterm_asks_however_often() -> None:
 def test_the_token_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ray" / "token"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
-    _private_token()
+    private_token()
     first = path.read_text()
     assert len(first) == 64 and stat.S_IMODE(path.stat().st_mode) == 0o600
     path.chmod(0o644)  # as Ray itself leaves it
-    _private_token()
+    private_token()
     assert path.read_text() == first and stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
@@ -54,7 +54,7 @@ def test_a_token_that_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "file" / "token"))
     with pytest.raises(EnvironmentFailure, match="cannot keep Ray's cluster token there"):
-        _private_token()
+        private_token()
 
 
 def test_an_address_that_does_not_answer_is_said_at_once() -> None:

@@ -124,7 +124,8 @@ def test_distillation_counts_its_validations() -> None:
     assert distill is not None and validations_of(distill, 4096) == 5  # 10 steps, every 2
     once = planned("15b_to_8b", *overrides, "distill.validate_every=47185920")
     difference = stage(with_four, "distill").flops - stage(once, "distill").flops
-    assert difference == pytest.approx(4 * 512 * 4096 * 48.17e9 / 3, rel=1e-3)
+    # Each runs the student forward, and the teacher beside it for the divergence.
+    assert difference == pytest.approx(4 * 512 * 4096 * (48.17e9 / 3 + 29.72e9), rel=1e-3)
     assert stage(once, "distill").tokens == 47185920
 
 

@@ -127,12 +127,18 @@ def test_an_unknown_start_says_what_to_do(read: Read, teacher: dict[str, Any]) -
         make_plan(by_path, teacher)
 
 
-def test_another_vocabulary_or_family_is_refused(
-    read: Read, teacher: dict[str, Any], start: StartConfig
+@pytest.mark.parametrize(("rows", "changed"), [(512, set()), (252, {"teacher"})])
+def test_an_embedding_of_another_size_is_planned_and_a_smaller_one_changes_the_signal(
+    rows: int, changed: set[str], read: Read, teacher: dict[str, Any], start: StartConfig
 ) -> None:
-    wide = StartConfig(config={**start.config, "vocab_size": 512}, source="s")
-    with pytest.raises(ConfigError, match=r"vocabulary of 512, the teacher one of 256.*teacher's tokenizer"):
-        make_plan(read(), teacher, wide)
+    padded = make_plan(read(), teacher, StartConfig(config={**start.config, "vocab_size": rows}, source="s"))
+    assert (padded.start.vocab, padded.teacher.vocab) == (rows, 256)
+    inputs = Inputs(teacher="t", data="d", start="a")
+    one, other = stage_fingerprints(plan(read, teacher, start), inputs), stage_fingerprints(padded, inputs)
+    assert {stage for stage in ("importance", "teacher") if one[stage] != other[stage]} == changed
+
+
+def test_another_family_is_refused(read: Read, teacher: dict[str, Any], start: StartConfig) -> None:
     mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     other = StartConfig(config={**start.config, **mistral}, source="s")
     with pytest.raises(ConfigError, match=r"cut is a mistral, the teacher a llama.*export\.as"):

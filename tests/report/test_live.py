@@ -97,7 +97,7 @@ def test_the_model_keeps_what_an_event_leaves_out() -> None:
         16384,
     )
     waiting = [stage.name for stage in model.stages.values() if stage.status == "waiting"]
-    assert waiting == ["teacher", "zero_shot", "baselines", "evaluate", "export"]
+    assert waiting == ["correct", "teacher", "zero_shot", "baselines", "evaluate", "export"]
     assert model.running_stage() is stage
 
 

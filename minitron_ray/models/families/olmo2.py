@@ -54,5 +54,6 @@ FAMILY = Family(
         ),
         flags={"tied": "tie_word_embeddings", "attention_bias": "attention_bias"},
     ),
+    norms_inputs=False,
     norm_over_heads=True,
 )

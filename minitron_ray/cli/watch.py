@@ -1,0 +1,51 @@
+"""`minitron-ray watch`: follow a run that another terminal, or a cluster, drives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from minitron_ray.cli.options import cluster_option, quiet_option, results_option
+from minitron_ray.cli.submit import server_option
+
+_JOB_NAMES = ("job-", "raysubmit_")
+
+
+@click.command()
+@click.argument("run", required=False)
+@results_option
+@server_option
+@cluster_option
+@click.option(
+    "--stop", is_flag=True, help="Ask a submitted run to stop at its next safe point, and follow it."
+)
+@quiet_option
+def watch(
+    run: str | None,
+    results: Path,
+    address: str | None,
+    cluster_file: Path | None,
+    stop: bool,
+    quiet: bool,
+) -> None:
+    """Follow RUN until it ends: a run of the results folder (as for `report`), or a submitted job.
+
+    Ctrl-C ends the following, not the run. The exit code is that of the run.
+    """
+    from minitron_ray.cli.attached import follow, follow_run
+    from minitron_ray.cli.launch import cluster_settings
+    from minitron_ray.execution.jobs import Jobs, job_server
+
+    of_a_job = run is not None and run.startswith(_JOB_NAMES)
+    if not of_a_job:
+        for option, given in (("--address", address), ("--cluster", cluster_file), ("--stop", stop)):
+            if given:
+                raise click.UsageError(f"{option} is for a submitted run: name its job (job-...)")
+        follow_run(results, run, quiet=quiet)
+        return
+    assert run is not None
+    jobs = Jobs(job_server(cluster_settings(cluster_file, None), address))
+    if stop:
+        jobs.stop(run)
+    follow(jobs, run, quiet=quiet)

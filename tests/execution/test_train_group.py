@@ -1,0 +1,77 @@
+"""A group of workers that goes on whatever is lost, on real nodes; each on loopback, with one CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_ray.core.errors import EnvironmentFailure
+from minitron_ray.core.events import EventBus
+from minitron_ray.execution.cluster import Cluster
+from minitron_ray.execution.settings import ClusterSettings
+from minitron_ray.execution.stop import StopSignal
+from minitron_ray.execution.train_group import run_group
+from tests.execution.counting import Counting, count
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def cluster(folder: Path, notes: list[str], **settings: Any) -> Cluster:
+    (folder / "run").mkdir()
+    events = EventBus(lambda event: notes.append(event.fields["text"]) if event.kind == "note" else None)
+    given = ClusterSettings.model_validate({"worker": {"cpus": 1}, **settings})
+    return Cluster(given, folder / "run", events, StopSignal())
+
+
+def at(job: Counting, step: int, do: Callable[[list[int]], None]) -> threading.Thread:
+    """Does it to the processes of the group that makes this step, as soon as it has."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            lines = job.log()
+            if lines and lines[-1]["step"] >= step:
+                return do(lines[-1]["processes"])
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_lost_and_terminated_workers_cost_at_most_what_was_not_saved(tmp_path: Path) -> None:
+    notes: list[str] = []
+    job = Counting(folder=tmp_path, steps=45)
+    at(job, 7, lambda processes: os.kill(processes[0], signal.SIGKILL))
+    at(job, 21, lambda processes: os.kill(processes[1], signal.SIGTERM))
+    with cluster(tmp_path, notes, workers="1..2") as own:
+        assert run_group(own, count, job, job.saved) == {"step": 45, "workers": 2}
+    steps = [line["step"] for line in job.log()]
+    assert sorted(set(steps)) == list(range(1, 46))
+    assert 0 < len(steps) - 45 <= job.every, "the kill repeats what was not saved; the SIGTERM nothing"
+    assert len(notes) == 2 and "workers were lost" in notes[0] and "left at step 2" in notes[1]
+
+
+def test_what_every_worker_raises_is_not_tried_again(tmp_path: Path) -> None:
+    job = Counting(folder=tmp_path, steps=5, fails=True)
+    with (
+        cluster(tmp_path, [], workers=2) as own,
+        pytest.raises(RuntimeError, match="sizes 3 and 4 do not match"),
+    ):
+        run_group(own, count, job, job.saved)
+    assert [line["step"] for line in job.log()] == [1]
+
+
+def test_no_room_for_the_least_number_is_said_at_once(tmp_path: Path) -> None:
+    with (
+        cluster(tmp_path, [], workers="64..99", wait_for_workers=0) as own,
+        pytest.raises(EnvironmentFailure, match=r"64 workers of 1 CPUs and 0 GPUs do not fit"),
+    ):
+        run_group(own, count, Counting(folder=tmp_path, steps=1))
