@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 
 from minitron_ray.data.batches import batch_indices
+from minitron_ray.data.source import TextSource
 from minitron_ray.data.sources.pypi import Pypi
 from minitron_ray.data.tokens import TokenStore
 from minitron_ray.distillation.loop import Data, Recipe, Share, Step, make_optimizer, train
@@ -27,7 +28,7 @@ def text_source(path: str = TEXT) -> Pypi:
     return Pypi(path=path)
 
 
-def write_tokenizer(folder: Path, cache: Cache, source: Pypi, vocabulary: int) -> None:
+def write_tokenizer(folder: Path, cache: Cache, source: TextSource, vocabulary: int) -> None:
     """A byte-level BPE tokenizer trained on the text, end-of-text token 0."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
