@@ -19,6 +19,7 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.exceptions import RayTrainError
+from torch.distributed import DistError
 
 from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError
 from minitron_ray.execution.cluster import Cluster, GroupSize, root_cause
@@ -142,8 +143,9 @@ class _Attempts:
         self._failures = 1 if now > self._reached else self._failures + 1
         self._reached = now
         last, self._last = self._last, _line(cause)
-        if self._failures > 1 and last == self._last and not isinstance(cause, _LOSSES):
-            raise _told(cause)  # the same twice is no accident
+        # The same twice is no accident, but for NCCL, which words every loss of a connection alike.
+        if self._failures > 1 and last == self._last and not isinstance(cause, (*_LOSSES, DistError)):
+            raise _told(cause)
         if self._cluster.stop.requested:
             raise Interrupted("stopped by request")
         if self._failures >= FAILURES:

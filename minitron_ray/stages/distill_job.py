@@ -74,13 +74,20 @@ class DistillJob:
 def distill_worker(job: DistillJob, worker: Worker) -> dict[str, Any] | Again:
     """Runs on every rank; returns `step`, `tokens` and whether the user stopped it before the end. `Again`
     where something else ended it at a checkpoint."""
-    written = (job.folder / "final").exists()  # another rank was lost after that
-    step = job.recipe.steps if written else _Distillation(job, worker).run()
+    step = job.recipe.steps if _is_written(job) else _Distillation(job, worker).run()
     if step < job.recipe.steps and not worker.stopped_by_user():
         reason = "there is room for more" if worker.regroup_requested() else "a worker was told to end"
         return Again(f"{reason}: stopped at step {step}")
     batch_tokens = job.recipe.batch * job.recipe.sequence_length
     return {"step": step, "tokens": step * batch_tokens, "interrupted": step < job.recipe.steps}
+
+
+def _is_written(job: DistillJob) -> bool:
+    """Whether a group that was lost after that had the student written already: as rank 0 sees it, since a
+    folder over a network may look older elsewhere."""
+    found = [(job.folder / "final").exists()]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 class _Distillation:
