@@ -25,7 +25,7 @@ def steps(results: Path) -> list[dict[str, Any]]:
 
 def test_a_distillation_loses_nothing(tmp_path: Path) -> None:
     command = [sys.executable, str(DRILL), "--short", "--folder", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=290)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stdout + done.stderr
     calm, disturbed = steps(tmp_path / "calm"), steps(tmp_path / "disturbed")
     assert [row["step"] for row in disturbed] == list(range(1, len(calm) + 1))
