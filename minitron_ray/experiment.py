@@ -291,13 +291,14 @@ def _known_intermediate(value: Any) -> Any:
     return value
 
 
+Intermediate = Annotated[Literal["auto"] | tuple[StateLosses, ...], BeforeValidator(_known_intermediate)]
+
+
 class Distillation(Optimization):
     """What is learnt from the teacher."""
 
     loss: Loss = ForwardKL()
-    intermediate: Annotated[
-        Literal["auto"] | tuple[StateLosses, ...], BeforeValidator(_known_intermediate)
-    ] = ()
+    intermediate: Intermediate = ()
     """Hidden states that are to agree with the teacher's, beside the logits: a list of kinds, [] for none.
     `auto` takes hidden_states and embedding for a student that has lost a quarter of the teacher's layers
     or more, none for others."""
@@ -411,9 +412,7 @@ class Distill(Distillation):
     """The distillation of the chosen students."""
 
     tokens: TokenCount
-    intermediate: Annotated[
-        Literal["auto"] | tuple[StateLosses, ...], BeforeValidator(_known_intermediate)
-    ] = "auto"
+    intermediate: Intermediate = "auto"
     checkpoint_every: TokenCount | None = None
     """Tokens between checkpoints; a tenth of `tokens` if not set."""
     validate_every: TokenCount | None = None

@@ -61,6 +61,16 @@ class Source(Plugin):
         """Whether `identity` is the content's; else it is the listing of where the text is kept."""
         return True
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What takes turns in it: itself, or the parts of a mixture, none of them mixed."""
+        return (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Each one's share of the sequences, above 0; their sum is 1."""
+        return (1.0,)
+
     @abstractmethod
     def identity(self, base: Path, cache: Cache) -> dict[str, Any]:
         """Digests of the content (never paths or times), equal on every machine that reads the same.
@@ -98,10 +108,8 @@ class MixedSource(Source):
 
     @property
     @abstractmethod
-    def sources(self) -> tuple[Source, ...]:
-        """Text or tokens, none of them mixed itself."""
+    def sources(self) -> tuple[Source, ...]: ...
 
     @property
     @abstractmethod
-    def weights(self) -> tuple[float, ...]:
-        """Each one's share of the sequences, above 0; their sum is 1."""
+    def weights(self) -> tuple[float, ...]: ...

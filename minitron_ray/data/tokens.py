@@ -147,10 +147,9 @@ def build_tokens(
 
     def fill(folder: Path) -> None:
         parts = build.parts(source, limit_sequences, spread)
-        weights = source.weights if isinstance(source, MixedSource) else (1.0,)
         writer = _Writer(folder / _FILE, sequence_length, identity, progress, hashed=not source.by_content)
         with writer:
-            ended = _pack(parts, weights, limit_sequences, writer)
+            ended = _pack(parts, source.weights, limit_sequences, writer)
         counts = [{**rows.counts(), "ended": number == ended} for number, rows in enumerate(parts)]
         names = ("documents", "sequences", "tokens", "dropped")
         total = {name: sum(part[name] for part in counts) for name in names}
@@ -178,10 +177,10 @@ class _Build:
 
     def parts(self, source: Source, limit: int | None, spread: Spread | None) -> list[Rows]:
         """The rows of each source of a mixture, or of the one there is; none is read further than needed."""
-        sources, needed = [source], [limit]
-        if isinstance(source, MixedSource):
-            sources = list(source.sources)
-            needed = [None] * len(sources) if limit is None else [*rows_of_each(source.weights, limit)]
+        sources = source.sources
+        needed: Sequence[int | None] = [None] * len(sources)
+        if limit is not None:
+            needed = rows_of_each(source.weights, limit)
         texts = [(s, n) for s, n in zip(sources, needed, strict=True) if isinstance(s, TextSource)]
         sharded = sum(self._size(text, rows) for text, rows in texts) > LARGE
         found = []

@@ -43,6 +43,11 @@ _WRITER_NICENESS = 5
 """Of the thread that writes while training goes on: it gets the processor when training leaves it free."""
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Of the whole checkpoints in a folder, ascending."""
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
 class Superseded(RuntimeError):
     """Another group has taken over: what this one computes must not be written any more."""
 
@@ -70,7 +75,9 @@ class Checkpoints:
     def latest(self) -> int:
         """The newest sound checkpoint's step; 0 if there is none. One that lost a file, or part of one, is
         passed over for the one before."""
-        return self._agree(lambda: next((step for step in reversed(self._steps()) if self._sound(step)), 0))
+        return self._agree(
+            lambda: next((step for step in reversed(saved_steps(self._folder)) if self._sound(step)), 0)
+        )
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Of what was saved before, waits for the end. Whole under its name when this returns, or, if
@@ -165,7 +172,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._cannot_write(step, error) from error
         # Later ones were passed over when this training began: they are not sound, and would outlive those that are.
-        there = self._steps()
+        there = saved_steps(self._folder)
         kept = [one for one in there if one <= step][-self._keep :]
         for old in there:
             if old not in kept:
@@ -187,7 +194,7 @@ class Checkpoints:
             room = f"{free / 2**30:.1f} GiB are free there"
         except OSError:
             room = "the folder can't be reached"
-        last = max(self._steps(), default=0)
+        last = max(saved_steps(self._folder), default=0)
         kept = f"goes on from step {last}" if last else "begins anew"
         return EnvironmentFailure(
             f"{self._folder}: the checkpoint of step {step} can't be written: {why} ({room}); make room, then "
@@ -221,10 +228,6 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"
-
-    def _steps(self) -> list[int]:
-        """Of the whole ones, ascending."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self._folder.glob("step-*"))
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

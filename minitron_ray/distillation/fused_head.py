@@ -26,21 +26,9 @@ _ROWS: Final = {"cpu": 2**18}
 
 class _FusedHead(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
-        sparse: SparseTargets | None,
-        labels: Tensor,
-        loss: DistillationLoss,
-        dtype: torch.dtype,
-        softcap: float | None,
-        teacher_softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        head_pass = _Pass(hidden, head, teacher_hidden, teacher_head, sparse, labels, loss, dtype)
-        head_pass.softcap, head_pass.teacher_softcap = softcap, teacher_softcap
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        """All arguments are those of `_Pass`."""
+        head_pass = _Pass(hidden, head, *rest)
         with torch.autocast(hidden.device.type, enabled=False):
             values, gradients = head_pass.run(ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         ctx.gradients, ctx.dtypes = gradients, (hidden.dtype, head.dtype)
@@ -60,9 +48,6 @@ class _FusedHead(torch.autograd.Function):
 class _Pass:
     """One forward pass over all tokens, (tokens, ...) each."""
 
-    softcap: float | None = None
-    teacher_softcap: float | None = None
-
     def __init__(
         self,
         hidden: Tensor,
@@ -73,7 +58,10 @@ class _Pass:
         labels: Tensor,
         loss: DistillationLoss,
         dtype: torch.dtype,
+        softcap: float | None,
+        teacher_softcap: float | None,
     ) -> None:
+        self._softcap, self._teacher_softcap = softcap, teacher_softcap
         self._states, self._head = hidden.to(dtype), head.to(dtype)
         self._sparse, self._labels, self._loss = sparse, labels, loss
         self._teacher_states, self._teacher_head = None, None
@@ -112,13 +100,13 @@ class _Pass:
 
     def _loss_of(self, raw: Tensor, teacher: Tensor | None, at: slice, training: bool) -> Tensor:
         """The loss of some rows, whose gradient by the raw logits takes their place."""
-        logits = capped(raw, self.softcap)
-        slope = None if self.softcap is None or not training else 1 - (logits / self.softcap) ** 2
+        logits = capped(raw, self._softcap)
+        slope = None if self._softcap is None or not training else 1 - (logits / self._softcap) ** 2
         labels = self._labels[at]
         if self._sparse is not None:
             values, gradient = self._loss.sparse_value_and_gradient(logits, self._sparse.part(at), labels)
         else:
-            others = None if teacher is None else capped(teacher, self.teacher_softcap)
+            others = None if teacher is None else capped(teacher, self._teacher_softcap)
             values, gradient = self._loss.value_and_gradient(logits, others, labels)
         if training:
             raw.copy_(gradient if slope is None else gradient * slope)

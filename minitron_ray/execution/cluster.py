@@ -195,9 +195,7 @@ class Cluster:
         A part whose worker is lost is done again by another. Progress that the parts report is added up.
         Raises what the first to fail raised, and Interrupted on a stop; no other part goes on then.
         """
-        reporters = self.hub.part_reporters(len(parts))
-        calls = [(part, *arguments, report) for part, report in zip(parts, reporters, strict=True)]
-        return self._run(function, calls, self.worker(), at_once=self.workers())
+        return self._run(function, self._calls(parts, arguments), self.worker(), at_once=self.workers())
 
     @property
     def one_thread(self) -> bool:
@@ -206,16 +204,22 @@ class Cluster:
 
     def spread(self, function: Callable[..., Any], parts: Sequence[Any], *arguments: Any) -> list[Any]:
         """The same with one CPU each and no device, `settings.tokenizers` at a time: for text."""
-        reporters = self.hub.part_reporters(len(parts))
-        calls = [(part, *arguments, report) for part, report in zip(parts, reporters, strict=True)]
-        return self._run(function, calls, Resources(), at_once=self.settings.tokenizers or self.cpus)
+        return self._run(
+            function,
+            self._calls(parts, arguments),
+            Resources(),
+            at_once=self.settings.tokenizers or self.cpus,
+        )
 
     def map_groups(self, function: Callable[..., Any], parts: Sequence[Any], *arguments: Any) -> list[Any]:
         """The same for a function that has each part done by a `trial_group` and waits for it: it reserves
         nothing itself. As many parts at a time as there can be trials."""
+        return self._run(function, self._calls(parts, arguments), None, at_once=self.concurrent_trials())
+
+    def _calls(self, parts: Sequence[Any], arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """The arguments of each part's call; progress that the parts report is added up."""
         reporters = self.hub.part_reporters(len(parts))
-        calls = [(part, *arguments, report) for part, report in zip(parts, reporters, strict=True)]
-        return self._run(function, calls, None, at_once=self.concurrent_trials())
+        return [(part, *arguments, report) for part, report in zip(parts, reporters, strict=True)]
 
     def _run(
         self, function: Callable[..., Any], calls: list[tuple[Any, ...]], each: Resources | None, at_once: int

@@ -33,9 +33,10 @@ class _Mailbox:
         self._events.extend(events)
         return self._stop, self._regroup
 
-    def drain(self, keep: bool = False) -> list[tuple[str, dict[str, Any]]]:
-        if keep:
-            return []
+    def ping(self) -> None:
+        """Answers."""
+
+    def drain(self) -> list[tuple[str, dict[str, Any]]]:
         events, self._events = self._events, []
         return events
 
@@ -115,7 +116,7 @@ class Hub:
     def answers(self) -> bool:
         """Whether the mailbox is alive, and with it the node where Ray was started."""
         try:
-            ray.get(self._mailbox.drain.remote(keep=True), timeout=_ANSWER_S)
+            ray.get(self._mailbox.ping.remote(), timeout=_ANSWER_S)
         except (ray.exceptions.RayError, ConnectionError, RuntimeError):
             return False
         return True

@@ -290,7 +290,7 @@ def _lost(error: BaseException, workers: int) -> bool:
     if alike and not isinstance(causes[0], _LOSSES):
         return False
     cause = _cause(error)
-    return isinstance(cause, _RETRIED) and not isinstance(cause, torch.OutOfMemoryError | NotImplementedError)
+    return isinstance(cause, _RETRIED) and not isinstance(cause, torch.OutOfMemoryError)
 
 
 def _cause(error: BaseException) -> BaseException:

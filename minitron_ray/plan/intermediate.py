@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from minitron_ray.distillation.intermediate.embedding import Embedding
@@ -39,29 +39,31 @@ class Chosen:
 def choose_intermediate(section: Distillation, family: Family, teacher: int, student: int) -> Chosen:
     """By name, or by rule where it says `auto`: hidden states and embedding for a student that has lost a
     quarter of the `teacher` layers or more, else nothing."""
-    if section.intermediate != "auto":
-        return Chosen(losses=tuple(section.intermediate), reason="as the experiment says")
-    if not section.loss.needs_teacher:
-        return Chosen(losses=(), reason=_without_teacher(section))
-    if not family.norms_inputs:
-        return Chosen(losses=(), reason=f"layers of {family.model_type} take their inputs without a norm")
-    return _by_depth(teacher, student)
+    without_norm = f"layers of {family.model_type} take their inputs without a norm"
+    return _choose(section, None if family.norms_inputs else without_norm, teacher, student)
 
 
 def trained_by(section: Distillation, teacher: int, student: int, compared: bool) -> str:
     """For people: what a student that was distilled so was trained on, and why. `compared` is whether its steps
     have a loss of hidden states."""
-    chosen = Chosen(losses=(), reason="layers of this model type take their inputs without a norm")
-    if section.intermediate != "auto" and section.intermediate:
-        chosen = Chosen(losses=tuple(section.intermediate), reason="as the experiment says")
-    elif section.intermediate != "auto":
-        chosen = Chosen(losses=(), reason="no intermediate states, as the experiment says")
-    elif not section.loss.needs_teacher:
-        chosen = Chosen(losses=(), reason=_without_teacher(section))
-    elif compared or not _is_heavy(teacher, student):
-        chosen = _by_depth(teacher, student)
+    unheard = _is_heavy(teacher, student) and not compared
+    without_norm = "layers of this model type take their inputs without a norm" if unheard else None
+    chosen = _choose(section, without_norm, teacher, student)
+    if section.intermediate == ():
+        chosen = replace(chosen, reason=f"no intermediate states, {chosen.reason}")
     weight = f", weight {section.intermediate_weight}" if chosen.losses else ""
     return f"trained on {chosen.label}{weight} ({chosen.reason})"
+
+
+def _choose(section: Distillation, without_norm: str | None, teacher: int, student: int) -> Chosen:
+    """`without_norm` is why no states can be compared by rule, None where they can."""
+    if section.intermediate != "auto":
+        return Chosen(losses=tuple(section.intermediate), reason="as the experiment says")
+    if not section.loss.needs_teacher:
+        return Chosen(losses=(), reason=_without_teacher(section))
+    if without_norm is not None:
+        return Chosen(losses=(), reason=without_norm)
+    return _by_depth(teacher, student)
 
 
 def _is_heavy(teacher: int, student: int) -> bool:
@@ -115,7 +117,7 @@ def trained_on(section: Distillation, family: Family, teacher: int, layers: Sequ
 
 
 def _of_several(section: Distillation, teacher: int, counts: Sequence[int]) -> str:
-    lost = "a quarter or more" if teacher - counts[0] >= DEPTH_HEAVY * teacher else "less than a quarter"
+    lost = "a quarter or more" if _is_heavy(teacher, counts[0]) else "less than a quarter"
     return f"{lost} of {teacher} layers gone; paper Appendix A.6"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from minitron_ray.experiment import Correction, Distill, Experiment
+from minitron_ray.experiment import Correction, Distill, Experiment, Retrain
 from minitron_ray.search.halving import Halving, cohort_size
 from minitron_ray.search.propose import sampler_for
 
@@ -23,6 +23,20 @@ def steps(tokens: int, batch: int, sequence_length: int) -> int:
 def tokens_seen(tokens: int, batch: int, sequence_length: int) -> int:
     """`tokens` rounded up to whole optimizer steps: what training really sees."""
     return steps(tokens, batch, sequence_length) * batch * sequence_length
+
+
+def trainings(experiment: Experiment) -> list[Retrain | Distill | Correction]:
+    """What trains in the experiment: the teacher's correction, the trials, the distillation, or none of them."""
+    retrain = None if experiment.search is None else experiment.search.retrain
+    parts = (experiment.teacher.correction, retrain, experiment.distill)
+    return [part for part in parts if part is not None]
+
+
+def sequences_needed(experiment: Experiment) -> int:
+    """Those that are held out and those that the longest training sees, none of them twice."""
+    data = experiment.data
+    seen = (tokens_seen(part.tokens, part.batch, data.sequence_length) for part in trainings(experiment))
+    return data.calibration + data.validation + max(seen, default=0) // data.sequence_length
 
 
 def distilled_tokens(experiment: Experiment) -> int:
@@ -95,5 +109,10 @@ def validations_of(distill: Distill | Correction, length: int) -> int:
     """How often a student is measured during its distillation, or the teacher during its correction: at
     intervals, and behind the last step."""
     total = steps(distill.tokens, distill.batch, length)
-    every = steps(distill.validate_every, distill.batch, length) if distill.validate_every else total // 4
-    return math.ceil(total / max(1, every))
+    return math.ceil(total / interval(distill, distill.validate_every, 4, length))
+
+
+def interval(distill: Distill | Correction, tokens: int | None, parts: int, length: int) -> int:
+    """Optimizer steps between two events of a training: so many tokens, or `parts` times in all."""
+    total = steps(distill.tokens, distill.batch, length)
+    return max(1, steps(tokens, distill.batch, length) if tokens else total // parts)

@@ -9,7 +9,7 @@ from minitron_ray.core.units import format_count
 from minitron_ray.data.packing import rows_of_each
 from minitron_ray.data.source import MixedSource
 from minitron_ray.experiment import Experiment
-from minitron_ray.plan import tokens_seen
+from minitron_ray.plan.tokens import sequences_needed
 from minitron_ray.report.sections import Section
 from minitron_ray.results.store import Store
 
@@ -54,10 +54,7 @@ def planned_sources(experiment: Experiment) -> list[dict[str, Any]]:
     data, source = experiment.data, experiment.data.source
     if not isinstance(source, MixedSource):
         return []
-    retrain = None if experiment.search is None else experiment.search.retrain
-    trainings = [part for part in (experiment.teacher.correction, retrain, experiment.distill) if part]
-    seen = max((tokens_seen(t.tokens, t.batch, data.sequence_length) for t in trainings), default=0)
-    sequences = data.calibration + data.validation + seen // data.sequence_length
+    sequences = sequences_needed(experiment)
     return [
         {
             "kind": type(one).model_fields["kind"].default,

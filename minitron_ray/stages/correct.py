@@ -9,7 +9,7 @@ its checkpoints lie beside it, so that whoever is next goes on from them.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -148,29 +148,19 @@ def _copy_rows(source: Path, store: Store) -> None:
             store.append(table, named, writer=WRITER, sequence=sequence)
 
 
-def _losses(store: Store) -> Iterator[float | None]:
-    """Of the teacher on the validation sequences, before and after."""
-    yield next(
-        (
-            row["value"]
-            for row in store.read("evaluations").to_pylist()
-            if row["phase"] == UNCORRECTED and row["metric"] == "val_loss"
-        ),
-        None,
-    )
-    steps = [row for row in store.read("steps").to_pylist() if row["candidate_id"] == "teacher"]
-    measured = [row for row in steps if row["val_loss"] is not None]
-    yield max(measured, key=lambda row: row["step"])["val_loss"] if measured else None
-
-
 def _summary(store: Store, made: bool) -> str:
-    before, after = _losses(store)
     steps = [row for row in store.read("steps").to_pylist() if row["candidate_id"] == "teacher"]
-    tokens = max((row["tokens"] for row in steps), default=0)
+    steps.sort(key=lambda row: row["step"])
+    tokens = steps[-1]["tokens"] if steps else 0
+    before = [
+        row["value"]
+        for row in store.read("evaluations").to_pylist()
+        if row["phase"] == UNCORRECTED and row["metric"] == "val_loss"
+    ]
+    after = [row["val_loss"] for row in steps if row["val_loss"] is not None]
     text = f"the teacher fine-tuned on {format_count(tokens)} tokens"
-    if before is not None and after is not None:
-        text += f": validation loss {before:.3f} before, {after:.3f} now"
-        text += (
-            "" if after < before else ", which is no gain: leave teacher.correction out, or lower its rate"
-        )
+    if before and after:
+        text += f": validation loss {before[0]:.3f} before, {after[-1]:.3f} now"
+        if after[-1] >= before[0]:
+            text += ", which is no gain: leave teacher.correction out, or lower its rate"
     return text if made else f"{text} (from the cache)"

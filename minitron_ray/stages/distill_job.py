@@ -12,14 +12,15 @@ import torch
 import torch.distributed as dist
 from torch.optim import AdamW
 
-from minitron_ray.distillation.checkpoints import Checkpoints, whole_weights
+from minitron_ray.distillation.checkpoints import Checkpoints, saved_steps, whole_weights
 from minitron_ray.distillation.loop import MOST_SKIPPED, Recipe, Share, Step, make_optimizer, train
 from minitron_ray.distillation.teacher import OnlineTeacher
 from minitron_ray.execution.settings import CheckpointSettings
 from minitron_ray.execution.train_group import Again, Worker
 from minitron_ray.experiment import Distill
 from minitron_ray.importance.scores import Scores
-from minitron_ray.plan import distilled_tokens, steps
+from minitron_ray.plan import distilled_tokens
+from minitron_ray.plan.tokens import interval
 from minitron_ray.results.store import Store
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.setting import Setting
@@ -57,8 +58,7 @@ class DistillJob:
 
     def every(self, tokens: int | None, parts: int) -> int:
         """Optimizer steps between two events: so many tokens, or `parts` times in all."""
-        distill, length = self.distill, self.setting.experiment.data.sequence_length
-        return max(1, steps(tokens, distill.batch, length) if tokens else self.recipe.steps // parts)
+        return interval(self.distill, tokens, parts, self.setting.experiment.data.sequence_length)
 
     @property
     def writer(self) -> str:
@@ -67,8 +67,7 @@ class DistillJob:
 
     def saved(self) -> int:
         """The step of the newest checkpoint, for one who is not of the group; 0 if there is none."""
-        names = (path.name for path in (self.folder / "checkpoints").glob("step-*"))
-        return max((int(name.removeprefix("step-")) for name in names), default=0)
+        return max(saved_steps(self.folder / "checkpoints"), default=0)
 
 
 def distill_worker(job: DistillJob, worker: Worker) -> dict[str, Any] | Again:

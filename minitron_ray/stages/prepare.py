@@ -21,10 +21,11 @@ from minitron_ray.data.tokenizer import check_same_tokenizer
 from minitron_ray.data.tokens import TokenStore, build_tokens
 from minitron_ray.distillation.engine import Engine
 from minitron_ray.execution.stop import StopSignal
-from minitron_ray.experiment import Correction, Distill, Experiment, Retrain
+from minitron_ray.experiment import Experiment
 from minitron_ray.models.architecture import CUT_AXES
 from minitron_ray.models.families import family_of
-from minitron_ray.plan import Inputs, StartConfig, tokens_seen
+from minitron_ray.plan import Inputs, StartConfig
+from minitron_ray.plan.tokens import sequences_needed, trainings
 from minitron_ray.results.cache import Cache
 from minitron_ray.stages.setting import Setting
 from minitron_ray.stages.start import NO_RUNS, start_folder
@@ -162,13 +163,6 @@ def split_tokens(experiment: Experiment, tokens: TokenStore) -> Splits:
     return split(len(tokens), data.calibration, data.validation, minimum, data.sequence_length)
 
 
-def trainings(experiment: Experiment) -> list[Retrain | Distill | Correction]:
-    """What trains in the experiment: the teacher's correction, the trials, the distillation, or none of them."""
-    retrain = None if experiment.search is None else experiment.search.retrain
-    parts = (experiment.teacher.correction, retrain, experiment.distill)
-    return [part for part in parts if part is not None]
-
-
 def _tokens(
     experiment: Experiment,
     base: Path,
@@ -179,8 +173,6 @@ def _tokens(
     spread: Spread | None,
 ) -> TokenStore:
     data, parts = experiment.data, trainings(experiment)
-    trained = max((tokens_seen(s.tokens, s.batch, data.sequence_length) for s in parts), default=0)
-    limit = data.calibration + data.validation + trained // data.sequence_length
 
     def progress(done: int) -> None:
         events.emit("stage_progress", stage="prepare", done=done, total=None, unit="sequences")
@@ -194,7 +186,7 @@ def _tokens(
         cache=cache,
         minimum_sequences=data.calibration + data.validation + max((s.batch for s in parts), default=0),
         # A corpus of a hub or an object store may be larger than any disk; what is local is read whole.
-        limit_sequences=limit if data.source.bounded else None,
+        limit_sequences=sequences_needed(experiment) if data.source.bounded else None,
         progress=progress,
         spread=spread,
     )

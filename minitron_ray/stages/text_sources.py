@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from minitron_ray.data.packing import rows_of_each
-from minitron_ray.data.source import MixedSource, Source
+from minitron_ray.data.source import Source
 from minitron_ray.data.splits import Splits
 from minitron_ray.data.tokens import TokenStore
 
 
 def source_rows(source: Source, tokens: TokenStore, splits: Splits) -> list[dict[str, Any]]:
     """A row a source of the mixture, or the one of a text that is none."""
-    sources = source.sources if isinstance(source, MixedSource) else (source,)
-    weights = source.weights if isinstance(source, MixedSource) else (1.0,)
+    sources, weights = source.sources, source.weights
     held_out = len(splits.calibration) + len(splits.validation)
     calibration = rows_of_each(weights, len(splits.calibration))
     behind = rows_of_each(weights, held_out)

@@ -199,7 +199,7 @@ def functions(text: str) -> Iterator[tuple[str, int]]:
 
 
 def test_nothing_is_left_for_later() -> None:
-    later = re.compile(r"\b(TODO|FIXME|XXX|raise NotImplemented\w*)\b")
+    later = re.compile(r"\b(TODO|FIXME|XXX|NotImplemented\w*)\b")
     assert [name(path) for path in MODULES if later.search(path.read_text(encoding="utf-8"))] == []
 
 

@@ -10,17 +10,16 @@ import pytest
 
 from minitron_ray.core.events import EventBus
 from minitron_ray.data.splits import Splits
-from minitron_ray.data.tokens import build_tokens
 from minitron_ray.execution.cluster import Cluster
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
 from minitron_ray.experiment import Experiment
-from minitron_ray.results.cache import Cache
 from minitron_ray.search.rounds import round_shapes
 from minitron_ray.search.shape import shape_of
 from minitron_ray.stages.rounds import score_rounds
 from minitron_ray.stages.scoring import Scorer, Work
 from minitron_ray.stages.setting import Setting
+from tests.settings import setting_of
 
 pytestmark = pytest.mark.ray
 
@@ -43,23 +42,8 @@ def setting(tiny_llama: Path, tiny_text: Path, tmp_path_factory: pytest.TempPath
             "shape": {"hidden": 36, "heads": 3, "mlp": 48},
         }
     )
-    tokens = build_tokens(
-        experiment.data.source,
-        tiny_llama,
-        sequence_length=32,
-        base=folder,
-        cache=Cache(folder),
-        minimum_sequences=10,
-        limit_sequences=None,
-        progress=lambda done: None,
-    )
-    return Setting(
-        experiment=experiment,
-        teacher_folder=tiny_llama,
-        tokens_folder=tokens.folder.resolve(),
-        splits=Splits(calibration=range(10), validation=range(10, 12), train=range(12, 14)),
-        micro_batch=2,
-    )
+    splits = Splits(calibration=range(10), validation=range(10, 12), train=range(12, 14))
+    return setting_of(experiment, tiny_llama, folder, splits)
 
 
 @dataclass

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 
 from minitron_ray.core.errors import ConfigError
-from minitron_ray.core.loading import load
-from minitron_ray.experiment import Experiment
 from minitron_ray.models.cost import forward_flops, training_flops
-from minitron_ray.plan import Inputs, Plan, make_plan, stage_fingerprints
+from minitron_ray.plan import Inputs, stage_fingerprints
+from tests.plan.conftest import MakePlan
 
 SHAPE = """
 name: fixed
@@ -25,16 +23,9 @@ FOUND = Inputs(teacher="t", data="d")
 
 
 @pytest.fixture
-def planned(tmp_path: Path, tiny_llama: Path) -> Any:
+def planned(make_tiny_plan: MakePlan) -> Any:
     """The plan of the fixed shape under `--set` options."""
-    path = tmp_path / "x.yaml"
-    path.write_text(SHAPE)
-    config = json.loads((tiny_llama / "config.json").read_text())
-
-    def of(*overrides: str) -> Plan:
-        return make_plan(load(path, Experiment, overrides)[0], config)
-
-    return of
+    return partial(make_tiny_plan, SHAPE)
 
 
 def test_another_recipe_is_another_teacher_to_every_stage(planned: Any) -> None:

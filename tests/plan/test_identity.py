@@ -20,6 +20,7 @@ from minitron_ray.plan import (
 )
 from minitron_ray.plan import identity as module
 from minitron_ray.weights.fetch import given_config
+from tests.plan.conftest import MakePlan
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SHAPE = """
@@ -33,14 +34,11 @@ FOUND = Inputs(teacher="t", data="d")
 
 
 @pytest.fixture
-def marks(tmp_path: Path, tiny_llama: Path) -> Any:
+def marks(make_tiny_plan: MakePlan) -> Any:
     """Fingerprints by stage of the fixed shape under `--set` options."""
-    path = tmp_path / "x.yaml"
-    path.write_text(SHAPE)
-    config = json.loads((tiny_llama / "config.json").read_text())
 
     def of(*overrides: str, inputs: Inputs = FOUND) -> dict[str, str]:
-        return stage_fingerprints(make_plan(load(path, Experiment, overrides)[0], config), inputs)
+        return stage_fingerprints(make_tiny_plan(SHAPE, *overrides), inputs)
 
     return of
 

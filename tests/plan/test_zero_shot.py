@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 
 from minitron_ray.core.errors import ConfigError
-from minitron_ray.core.loading import load
-from minitron_ray.experiment import Experiment
-from minitron_ray.plan import Inputs, make_plan, stage_fingerprints
+from minitron_ray.plan import Inputs, stage_fingerprints
 from minitron_ray.plan.plan import Plan
+from tests.plan.conftest import MakePlan
 
 SEARCH = """
 name: searched
@@ -24,15 +22,8 @@ search: {space: {layers: 2..4, mlp: 48..96 by 16}, trials: 3, retrain: {tokens: 
 
 
 @pytest.fixture
-def planned(tmp_path: Path, tiny_llama: Path) -> Any:
-    path = tmp_path / "x.yaml"
-    path.write_text(SEARCH)
-    config = json.loads((tiny_llama / "config.json").read_text())
-
-    def of(*overrides: str) -> Plan:
-        return make_plan(load(path, Experiment, overrides)[0], config)
-
-    return of
+def planned(make_tiny_plan: MakePlan) -> Any:
+    return partial(make_tiny_plan, SEARCH)
 
 
 def marks(plan: Plan) -> dict[str, str]:

@@ -19,17 +19,16 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.data.splits import Splits
-from minitron_ray.data.tokens import build_tokens
 from minitron_ray.execution.settings import CheckpointSettings
 from minitron_ray.execution.train_group import Again, Worker
 from minitron_ray.experiment import Experiment
 from minitron_ray.importance.scores import Scores
-from minitron_ray.results.cache import Cache
 from minitron_ray.results.store import Store
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.distill_job import DistillJob, distill_worker
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.checkpoint import Checkpoint
+from tests.settings import setting_of
 
 STEPS, EVERY, BATCH, LENGTH = 14, 4, 4, 32
 CANDIDATE = Candidate(layers=3, hidden=36, heads=3, kv_heads=3, mlp=64)
@@ -60,23 +59,8 @@ def setting(tiny_llama: Path, tiny_text: Path, tmp_path_factory: pytest.TempPath
             },
         }
     )
-    tokens = build_tokens(
-        experiment.data.source,
-        model,
-        sequence_length=LENGTH,
-        base=folder,
-        cache=Cache(folder),
-        minimum_sequences=80,
-        limit_sequences=None,
-        progress=lambda done: None,
-    )
-    return Setting(
-        experiment=experiment,
-        teacher_folder=model,
-        tokens_folder=tokens.folder.resolve(),
-        splits=Splits(calibration=range(4), validation=range(4, 8), train=range(8, 80)),
-        micro_batch=2,
-    )
+    splits = Splits(calibration=range(4), validation=range(4, 8), train=range(8, 80))
+    return setting_of(experiment, model, folder, splits)
 
 
 def job(setting: Setting, folder: Path, **checkpoints: Any) -> DistillJob:

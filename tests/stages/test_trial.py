@@ -11,14 +11,13 @@ import torch
 
 from minitron_ray.core.errors import MinitronError
 from minitron_ray.data.splits import Splits
-from minitron_ray.data.tokens import build_tokens
 from minitron_ray.experiment import Experiment
 from minitron_ray.importance.scores import Scores
-from minitron_ray.results.cache import Cache
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.setting import Setting
 from minitron_ray.stages.trial import RungResult, latency, retrain, rung_tokens
 from minitron_ray.stages.trial_state import FileState
+from tests.settings import setting_of
 
 CANDIDATE = Candidate(layers=3, hidden=36, heads=3, kv_heads=3, mlp=64)
 
@@ -40,23 +39,8 @@ def setting(tiny_llama: Path, tiny_text: Path, tmp_path_factory: pytest.TempPath
             },
         }
     )
-    tokens = build_tokens(
-        experiment.data.source,
-        tiny_llama,
-        sequence_length=32,
-        base=folder,
-        cache=Cache(folder),
-        minimum_sequences=40,
-        limit_sequences=None,
-        progress=lambda done: None,
-    )
-    return Setting(
-        experiment=experiment,
-        teacher_folder=tiny_llama,
-        tokens_folder=tokens.folder.resolve(),
-        splits=Splits(calibration=range(4), validation=range(4, 8), train=range(8, 40)),
-        micro_batch=2,
-    )
+    splits = Splits(calibration=range(4), validation=range(4, 8), train=range(8, 40))
+    return setting_of(experiment, tiny_llama, folder, splits)
 
 
 def scores() -> Scores:
