@@ -144,7 +144,9 @@ def _disk(results: Path) -> Finding:
 
 
 def _pip() -> Finding:
-    if importlib.util.find_spec("pip") is not None:
+    # Asked of the installed distributions: looking for the module makes setuptools give up its distutils in
+    # this process, without which torch cannot compile.
+    if any(metadata.distributions(name="pip")):
         return Finding(name="pip", status="ok", value="there; pypi:// paths can be fetched")
     return Finding(
         name="pip",

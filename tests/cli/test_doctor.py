@@ -1,6 +1,8 @@
 """`doctor`: what stops a run is a failure, what endangers it a warning."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,18 @@ def test_this_machine_can_run(doctor):
     assert {"python", "ray", "cpu", "memory", "gpu", "disk", "pip", "ray token"} <= found.keys()
     text = doctor().stdout
     assert all(f"  {name} " in text for name in found)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="there is no distutils to take away")
+def test_looking_does_not_change_what_can_be_imported():
+    """Before Python 3.12 a look for the module `pip` takes setuptools' distutils away from its process."""
+    program = (
+        "import pathlib; from minitron_ray.cli.machine import examine; examine(pathlib.Path('results'));"
+        "import distutils.core, setuptools"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_results_that_are_a_file(doctor):

@@ -80,7 +80,7 @@ def test_all_commands_are_there_and_explained():
     assert expected == set(main.commands)
     for name in expected:
         result = CliRunner().invoke(main, [name, "-h"])
-        assert result.exit_code == 0
+        assert result.exit_code == 0, result.output
         assert main.commands[name].help
 
 

@@ -227,12 +227,15 @@ def test_only_the_clusters_own_pods_reach_its_ports(name: str) -> None:
 def test_the_job_of_a_manifest_is_a_command_we_have() -> None:
     import shlex
 
+    import click
+
     from minitron_ray.cli import main
 
     ray, _, _ = manifest("kuberay-rayjob.yaml")
     program, command, *arguments = shlex.split(ray["spec"]["entrypoint"])
     assert program == "minitron-ray"
-    with main.commands[command].make_context(command, arguments) as context:
+    parent = click.Context(main, info_name=program, **main.context_settings)  # click keeps the parent's -h
+    with main.commands[command].make_context(command, arguments, parent) as context:
         assert (context.params["address"], context.params["results"]) == (
             "$RAY_ADDRESS",
             Path("/shared/results"),
