@@ -7,10 +7,12 @@ joined are all the same thing: the next attempt, with as many workers as there i
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +20,7 @@ import ray
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import RayTrainError
 from torch.distributed import DistError
 
@@ -31,6 +34,7 @@ FAILURES: Final = 5
 _GROW_AFTER_S = 5.0
 """For so long there must be room for more workers before a group is asked to begin again with them."""
 _LOOK_S = 1.0
+_ADDRESS: Final = "RAY_ADDRESS"
 _LOSSES: Final = (ray.exceptions.RayError, ray.train.TrainingFailedError, RayTrainError)
 """What Ray says of a lost worker, node or controller, or of a group that could not be placed."""
 _RETRIED: Final = (*_LOSSES, RuntimeError, OSError)
@@ -244,9 +248,31 @@ class _Fit:
 
     def _fit(self) -> None:
         try:
-            self._value = self._trainer.fit().return_value
+            with _cluster_in_environment():
+                self._value = self._trainer.fit().return_value
         except BaseException as error:  # handed to the main thread above
             self._error = error
+
+
+@contextmanager
+def _cluster_in_environment() -> Iterator[None]:
+    """RAY_ADDRESS names the cluster of this process, here and in the group's controller.
+
+    Ray Train's clean-up asks a cluster whether the controller lives, and finds that cluster as a command line
+    does: where nothing names it, through what `ray start` last left on the machine. Of one long gone there is
+    no answer, and every group ends ten seconds late; another one knows no such controller, and the group's
+    place is taken away while it works.
+    """
+    ENV_VARS_TO_PROPAGATE.add(_ADDRESS)
+    before = os.environ.get(_ADDRESS)
+    os.environ[_ADDRESS] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ADDRESS]
+        else:
+            os.environ[_ADDRESS] = before
 
 
 def _name() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -75,3 +76,21 @@ def test_no_room_for_the_least_number_is_said_at_once(tmp_path: Path) -> None:
         pytest.raises(EnvironmentFailure, match=r"64 workers of 1 CPUs and 0 GPUs do not fit"),
     ):
         run_group(own, count, Counting(folder=tmp_path, steps=1))
+
+
+def test_a_cluster_that_is_gone_is_not_asked_about_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `ray start` that was killed leaves its address behind, where Ray Train's clean-up looks for one."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # Ray's sockets lie in it, whose paths are limited
+        monkeypatch.setenv("RAY_TMPDIR", short)
+        left = Path(short) / "ray" / "ray_current_cluster"
+        left.parent.mkdir()
+        left.write_text("127.0.0.1:1")
+        with cluster(tmp_path, [], workers=1) as own:
+            job = Counting(folder=tmp_path, steps=2)
+            assert run_group(own, count, job, job.saved) == {"step": 2, "workers": 1}
+    said = "".join(path.read_text() for path in tmp_path.glob("run/logs/ray/train/*"))
+    assert "Registered placement group" in said
+    assert "Failed to stop PlacementGroupCleaner" not in said
+    assert "RAY_ADDRESS" not in os.environ
