@@ -4,9 +4,10 @@
     python benchmarks/cut_15b.py --folder /tmp --scale 0.1          a tenth, for trying out
 
 Writes the synthetic teacher (bfloat16, 31 GB at full scale), then in each round cuts it with
-`minitron-ray prune` in a process of its own and copies the student's files with `cp`, in turn, each
-after a `sync` and with what it reads taken out of the page cache. Everything is deleted at the end
-unless --keep is given.
+`minitron-ray prune` in a process of its own, and copies with `cp`, in turn, the student's files and as
+many of the teacher's as make up what the cut moved: half of the bytes it read and wrote, since a copy
+reads and writes each of its bytes. Each comes after a `sync`, with what it reads taken out of the page
+cache. Everything is deleted at the end unless --keep is given.
 """
 
 from __future__ import annotations
@@ -49,8 +50,20 @@ class Run:
     """Largest RssAnon seen, bytes."""
     resident: int
     """Largest resident set with shared file pages, bytes, as the kernel counts it."""
+    moved: int
+    """Bytes it read from and wrote to the disk, as the kernel counts them."""
     lines: tuple[str, ...]
     """What `/usr/bin/time -v` says of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """One timed `cp`."""
+
+    size: int
+    seconds: float
+    synced: float
+    """Seconds until its bytes were on the disk, as `prune` leaves them."""
 
 
 def teacher_config(scale: float) -> dict[str, Any]:
@@ -106,9 +119,11 @@ def timed(command: list[str]) -> Run:
         timer = ["/usr/bin/time", "-v", "-o", told.name] if Path("/usr/bin/time").exists() else []
         started = time.perf_counter()
         process = subprocess.Popen([*timer, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        largest = 0
+        largest = moved = 0
         while process.poll() is None:
-            largest = max(largest, sum(_anonymous(pid) for pid in _family(process.pid)))
+            family = list(_family(process.pid))
+            largest = max(largest, sum(_anonymous(pid) for pid in family))
+            moved = max(moved, sum(_moved(pid) for pid in family))
             time.sleep(0.05)
         seconds = time.perf_counter() - started
         assert process.stderr is not None
@@ -116,7 +131,13 @@ def timed(command: list[str]) -> Run:
             raise SystemExit(process.stderr.read().decode())
         lines = tuple(line.strip() for line in told.read().splitlines())
     resident = [int(line.rpartition(":")[2]) * 1024 for line in lines if line.startswith("Maximum resident")]
-    return Run(seconds=seconds, anonymous=largest, resident=max(resident, default=_waited()), lines=lines)
+    return Run(
+        seconds=seconds,
+        anonymous=largest,
+        resident=max(resident, default=_waited()),
+        moved=moved,
+        lines=lines,
+    )
 
 
 def _waited() -> int:
@@ -143,17 +164,33 @@ def _anonymous(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
 
 
-def copy(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds of `cp` alone, and with its bytes on the disk, as `prune` leaves them."""
+def _moved(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("read_bytes:", "write_bytes:")))
+
+
+def copy(files: list[Path], target: Path) -> Copy:
     target.mkdir()
-    files = sorted(map(str, source.glob("*.safetensors")))
     started = time.perf_counter()
-    subprocess.run(["/bin/cp", "--reflink=never", *files, str(target)], check=True)
+    subprocess.run(["/bin/cp", "--reflink=never", *map(str, files), str(target)], check=True)
     copied = time.perf_counter() - started
     subprocess.run(["/bin/sync", *map(str, target.iterdir())], check=True)
     synced = time.perf_counter() - started
+    size = weights(target)
     shutil.rmtree(target)
-    return copied, synced
+    return Copy(size=size, seconds=copied, synced=synced)
+
+
+def files_of(folder: Path, size: int | None = None) -> list[Path]:
+    """A folder's weight files, or as many of them as come nearest to `size` bytes."""
+    files = sorted(folder.glob("*.safetensors"))
+    if size is None:
+        return files
+    sums = [sum(path.stat().st_size for path in files[:count]) for count in range(1, len(files) + 1)]
+    return files[: 1 + min(range(len(files)), key=lambda index: abs(sums[index] - size))]
 
 
 def prune_command(teacher: Path, student: Path, scale: float, results: Path) -> list[str]:
@@ -175,7 +212,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of layers and vocabulary")
     parser.add_argument("--keep", action="store_true", help="keep teacher and student")
-    parser.add_argument("--teacher-copy", action="store_true", help="also time `cp` of the teacher, once")
     given = parser.parse_args()
     base = given.folder / f"cut_15b_{given.scale:g}"
     base.mkdir(parents=True, exist_ok=True)
@@ -193,35 +229,42 @@ def measure(base: Path, given: argparse.Namespace) -> None:
     print(f"teacher  {format_bytes(size)} ({size:,} bytes), {time.perf_counter() - started:.0f} s to write")
     command = prune_command(teacher, student, given.scale, base / "results")
     cuts: list[Run] = []
-    copies: list[tuple[float, float]] = []
+    alike: list[Copy] = []
+    as_many: list[Copy] = []
     for number in range(1, given.rounds + 1):
         shutil.rmtree(student, ignore_errors=True)
         load = os.getloadavg()[0]
         evict(teacher)
         cuts.append(timed(command))
         evict(student)
-        copies.append(copy(student, duplicate))
+        alike.append(copy(files_of(student), duplicate))
+        student_size = weights(student)
+        if not given.keep:  # both need not fit beside the copy
+            for path in files_of(student):
+                path.unlink()
+        evict(teacher)
+        as_many.append(copy(files_of(teacher, cuts[-1].moved // 2), duplicate))
         busy = "" if load < BUSY * (os.cpu_count() or 1) else f"; load was {load:.1f}: disturbed by others"
         print(
-            f"round {number}  cut {cuts[-1].seconds:.1f} s, cp {copies[-1][0]:.1f} s, cp and sync "
-            f"{copies[-1][1]:.1f} s{busy}",
+            f"round {number}  cut {cuts[-1].seconds:.1f} s, cp of the student {alike[-1].seconds:.1f} s, "
+            f"cp of {format_bytes(as_many[-1].size)} {as_many[-1].seconds:.1f} s{busy}",
             flush=True,
         )
-    report(student, cuts, copies)
-    if given.teacher_copy:
-        shutil.rmtree(student)
-        evict(teacher)
-        alone, synced = copy(teacher, duplicate)
-        print(f"cp of the teacher {alone:.1f} s, with sync {synced:.1f} s")
+    report(student_size, cuts, alike, as_many)
 
 
-def report(student: Path, cuts: list[Run], copies: list[tuple[float, float]]) -> None:
+def report(size: int, cuts: list[Run], alike: list[Copy], as_many: list[Copy]) -> None:
     cut = statistics.median(run.seconds for run in cuts)
-    alone, synced = (statistics.median(column) for column in zip(*copies, strict=True))
-    size = weights(student)
+    moved = statistics.median(run.moved for run in cuts)
     print(f"student  {format_bytes(size)} ({size:,} bytes)")
-    print(f"median   cut {cut:.1f} s, cp {alone:.1f} s, cp and sync {synced:.1f} s")
-    print(f"ratio    {cut / alone:.2f} of cp, {cut / synced:.2f} of cp and sync")
+    print(f"median   cut {cut:.1f} s; it read and wrote {format_bytes(int(moved))}")
+    for what, copies in (("cp of the student", alike), ("cp of as many bytes as it moved", as_many)):
+        factor = 1.0 if copies is alike else moved / 2 / copies[0].size  # whole files: a few per cent off
+        alone = statistics.median(one.seconds for one in copies) * factor
+        synced = statistics.median(one.synced for one in copies) * factor
+        print(
+            f"ratio    {cut / alone:.2f} of {what} ({alone:.1f} s), {cut / synced:.2f} with sync ({synced:.1f} s)"
+        )
     print(
         f"memory   anonymous {format_bytes(max(run.anonymous for run in cuts))} at most, resident with shared"
     )

@@ -17,10 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final
 
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.results.files import cannot_write, make_folder, remove_temporaries, sync_folder, write_json
+from minitron_ray.weights.direct import DirectOutput
 from minitron_ray.weights.slicing import Slice
 from minitron_ray.weights.writing import Shard
 
@@ -126,7 +127,10 @@ class _Writer:
         self, shard: Shard, stream: Iterator[Slice], writing: ThreadPoolExecutor, settling: ThreadPoolExecutor
     ) -> Future[None]:
         part = self.folder / f"{shard.file}.part"
-        file = part.open("wb", buffering=0)
+        try:
+            file = DirectOutput(part)
+        except OSError as error:
+            raise cannot_write(part, error) from error
         pending: deque[Future[None]] = deque([writing.submit(self._put, file, shard.header)])
         try:
             for one in _in_order(shard, stream):
@@ -146,18 +150,18 @@ class _Writer:
             raise
         return settling.submit(self._settle, shard, file, part)
 
-    def _put(self, file: IO[bytes], values: bytes | torch.Tensor) -> None:
-        data = rest = memoryview(values) if isinstance(values, bytes) else _bytes(values)
-        while len(rest):  # a raw file may take less than it is given
-            rest = rest[file.write(rest) :]
-        if not isinstance(values, bytes):
-            self.written += len(data)
-            self.report(self.written, self.total)
+    def _put(self, file: DirectOutput, values: bytes | torch.Tensor) -> None:
+        if isinstance(values, bytes):
+            file.write(values)
+            return
+        file.write(_bytes(values))
+        self.written += values.nbytes
+        self.report(self.written, self.total)
 
-    def _settle(self, shard: Shard, file: IO[bytes], part: Path) -> None:
+    def _settle(self, shard: Shard, file: DirectOutput, part: Path) -> None:
         try:
             with file:
-                os.fsync(file.fileno())
+                file.finish()
             part.replace(self.folder / shard.file)
             sync_folder(self.folder)
         except OSError as error:

@@ -1,7 +1,7 @@
 """`cut_slices`: the same weights as `cut_tensors` gives, a few rows at a time.
 
-A tensor larger than memory is cut from its file into another one: only the slice at hand is in
-memory, the kernel is told which rows come next, and the teacher's pages are let go behind it.
+A tensor larger than memory is cut from its file into another one: only the slices at hand are in
+memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.family import Family, Row
 from minitron_ray.models.kept import Kept
 from minitron_ray.weights.checkpoint import Checkpoint, torch_dtype
-from minitron_ray.weights.mapping import MappedWeights
+from minitron_ray.weights.rows import StoredRows
 from minitron_ray.weights.surgery import Selection, Term, origin_name, select, selections
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 SLICE_BYTES: Final = 2 * 2**20
 """Bytes of one slice of the student, at least one row: few enough to stay in the processor's cache."""
-_CUTTING: Final = 2
-"""Slices cut at a time: while one waits for the disk, another is computed."""
-_AHEAD: Final = 16
-"""Slices that the kernel reads while these are being cut."""
+_CUTTING: Final = 4
+"""Slices read and cut at a time: while some wait for the disk, others are computed."""
+_WORTH_SKIPPING: Final = 32 * 2**10
+"""Bytes between two rows from which it is quicker to read them by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,34 +74,45 @@ def cut_slices(
     student = kept.architecture(teacher)
     kind = torch_dtype(dtype)
     jobs = _jobs(family, teacher, student, kept, only, slice_bytes // kind.itemsize)
-    with MappedWeights(source) as weights:
+    with StoredRows(source) as stored:
 
         def cut(job: _Job) -> Slice:
-            return _cut(job, source, weights, teacher, student, kind)
+            return _cut(job, source, stored, teacher, student, kind)
 
-        yield from _in_order(cut, _prefetched(jobs, weights))
+        yield from _in_order(cut, jobs)
 
 
 def _cut(
     job: _Job,
     source: Checkpoint,
-    weights: MappedWeights,
+    stored: StoredRows,
     teacher: Architecture,
     student: Architecture,
     kind: torch.dtype,
 ) -> Slice:
-    tensor = weights.tensor(job.origin)
-    chosen = [_shifted(job.chosen[0], job.rows.start), *job.chosen[1:]]
-    out = select(tensor[job.rows.start : job.rows.stop], chosen)
+    rows = stored.read(job.origin, _runs(job, stored.row_bytes(job.origin)))
+    out = select(rows, [_shifted(job.chosen[0], job.rows.start), *job.chosen[1:]])
     if job.row.tensor.rescaled is not None:
         out = job.row.tensor.rescaled(out, teacher, student)
     out = out.detach().to(kind).contiguous()
-    if out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+    if out.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
         out = out.clone()
     if not all_finite(out):
-        raise ConfigError(_why_not_finite(source, tensor, job, kind))
-    weights.release(job.origin, job.rows.start, job.rows.stop)
+        raise ConfigError(_why_not_finite(source, job, kind))
     return Slice(job.row.name, job.first, out)
+
+
+def _runs(job: _Job, row_bytes: int) -> list[range]:
+    """The rows that are read: those that are taken, and the few that lie between."""
+    if job.chosen[0] is None:
+        return [job.rows]
+    taken = np.unique(np.concatenate([term.positions for term in job.chosen[0]]))
+    ends = np.flatnonzero((np.diff(taken) - 1) * row_bytes >= _WORTH_SKIPPING)
+    starts = [0, *(ends + 1).tolist()]
+    return [
+        range(int(taken[first]), int(taken[last]) + 1)
+        for first, last in zip(starts, [*ends.tolist(), len(taken) - 1], strict=True)
+    ]
 
 
 def _in_order(cut: Callable[[_Job], Slice], jobs: Iterable[_Job]) -> Iterator[Slice]:
@@ -161,16 +172,6 @@ def _shifted(rows: Selection, start: int) -> Selection:
     return None if rows is None else [Term(term.positions - start, term.weights) for term in rows]
 
 
-def _prefetched(jobs: Iterable[_Job], weights: MappedWeights) -> Iterator[_Job]:
-    waiting: deque[_Job] = deque()
-    for job in jobs:
-        weights.prefetch(job.origin, job.rows.start, job.rows.stop)
-        waiting.append(job)
-        if len(waiting) > _AHEAD:
-            yield waiting.popleft()
-    yield from waiting
-
-
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite: all bits of a float's exponent are set in those two."""
     import torch
@@ -185,9 +186,10 @@ def all_finite(values: torch.Tensor) -> bool:
     return bool((bits & np.iinfo(bits.dtype).max).max() < infinity)
 
 
-def _why_not_finite(source: Checkpoint, tensor: torch.Tensor, job: _Job, dtype: torch.dtype) -> str:
+def _why_not_finite(source: Checkpoint, job: _Job, dtype: torch.dtype) -> str:
     import torch
 
+    tensor = source.tensor(job.origin)
     part = tensor[job.rows.start : job.rows.stop]
     where = f"{source.folder}: {job.origin}"
     broken = torch.argwhere(~torch.isfinite(part))
