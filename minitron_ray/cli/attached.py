@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import click
 
 from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError, Terminated
-from minitron_ray.execution.jobs import DEFAULT_SERVER, Jobs
+from minitron_ray.execution.jobs import DEFAULT_SERVER, Jobs, JobState
 from minitron_ray.results.runs import resolve_run
 
 _STOPPED = (Interrupted.exit_code, Terminated.exit_code)
+_NO_COMMAND = 127
+"""A shell's exit code for a program that is not there."""
+_NO_MODULE = re.compile(r"No module named '?minitron_ray\b")
 _PATIENCE_S = 60.0
 """Between two words about the same lost connection."""
 
@@ -52,12 +56,11 @@ def follow(jobs: Jobs, job: str, *, quiet: bool) -> None:
             err=True,
         )
         return
-    _end_as(jobs, job)
+    end_as(jobs.state(job), job)
 
 
-def _end_as(jobs: Jobs, job: str) -> None:
-    """Ends this command as the run ended."""
-    state = jobs.state(job)
+def end_as(state: JobState, job: str) -> None:
+    """Ends this command as the run ended. Raises unless it succeeded."""
     if state.status == "SUCCEEDED":
         return
     if state.status == "STOPPED" or state.exit_code in _STOPPED:
@@ -65,6 +68,11 @@ def _end_as(jobs: Jobs, job: str) -> None:
     if state.exit_code is None:
         reason = next(iter(state.message.strip().splitlines()), "Ray gives no reason")
         raise EnvironmentFailure(f"job {job} could not run: {reason}")
+    if state.exit_code == _NO_COMMAND or _NO_MODULE.search(state.message):
+        raise EnvironmentFailure(
+            f"job {job} found no minitron-ray on the head: install it there, or name the interpreter that has it "
+            f"as `python` in the cluster file; then submit again"
+        )
     error = MinitronError(f"job {job} failed with exit code {state.exit_code}; what it said stands above")
     error.exit_code = state.exit_code if state.exit_code > 0 else MinitronError.exit_code
     raise error

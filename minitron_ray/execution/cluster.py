@@ -81,19 +81,27 @@ class Cluster:
     @property
     def hub(self) -> Any:
         """The mailbox between workers and this process; connects on first use."""
-        if self._hub is None:
-            from minitron_ray.execution.hub import Hub
-
-            address = cluster_address(self.settings)
-            info = start_ray(address)
-            if address is None:  # another cluster's logs are not ours to copy
-                self._session = Path(str(info["session_dir"]))
-                link_logs(self._session, self.folder / "logs")
-            self._hub = Hub(self.events.emit)
-            if address is not None:
-                check_nodes(self.shared)
-            self.workers(), self.trial_group()  # what does not fit is said before anything is computed
+        self.connect()
         return self._hub
+
+    def connect(self) -> None:
+        """Starts Ray or joins it, unless that is done.
+
+        Raises EnvironmentFailure where it does not answer, or does not have what was asked for.
+        """
+        if self._hub is not None:
+            return
+        from minitron_ray.execution.hub import Hub
+
+        address = cluster_address(self.settings)
+        info = start_ray(address)
+        if address is None:  # another cluster's logs are not ours to copy
+            self._session = Path(str(info["session_dir"]))
+            link_logs(self._session, self.folder / "logs")
+        self._hub = Hub(self.events.emit)
+        if address is not None:
+            check_nodes(self.shared)
+        self.workers(), self.trial_group()  # what does not fit is said before anything is computed
 
     @property
     def gpus(self) -> int:
@@ -144,13 +152,20 @@ class Cluster:
     def reconnect(self) -> None:
         """After the cluster's head was lost: joins the one that answers at the same address, or starts Ray
         here again. Raises EnvironmentFailure where nothing answers."""
+        self._abandon()
+        try:
+            self.connect()
+        except EnvironmentFailure:
+            self._abandon()  # so that the next try looks at everything anew
+            raise
+
+    def _abandon(self) -> None:
         import ray
 
         if self._hub is not None:
             self._hub.abandon()
             self._hub = None
         ray.shutdown()
-        assert self.hub is not None
 
     def alive(self) -> bool:
         """Whether Ray still answers."""
@@ -260,11 +275,11 @@ class Cluster:
     def _total(self, resource: str) -> float:
         import ray
 
-        assert self.hub is not None
+        self.connect()
         return float(ray.cluster_resources().get(resource, 0))
 
     def _checked(self, what: str, resources: Resources) -> Resources:
-        assert self.hub is not None
+        self.connect()
         if not _room(resources):
             raise EnvironmentFailure(
                 f"no node has the {resources.cpus} CPUs and {resources.gpus} GPUs that `{what}` asks for "

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from minitron_ray.results.files import (
     cannot_write,
@@ -27,6 +27,7 @@ from minitron_ray.results.files import (
 )
 
 DONE = "DONE.json"
+_LOOK_S = 1.0
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -41,17 +42,25 @@ class Cache:
         entry = self._entry(kind, digest)
         return entry if (entry / DONE).is_file() else None
 
-    def ensure(self, kind: str, digest: str, describe: dict[str, Any], fill: Callable[[Path], None]) -> Path:
+    def ensure(
+        self,
+        kind: str,
+        digest: str,
+        describe: dict[str, Any],
+        fill: Callable[[Path], None],
+        waiting: Callable[[], None] = lambda: None,
+    ) -> Path:
         """The entry's folder, calling `fill(folder)` only if no process has made it before.
 
-        Waits while another process fills the same entry. What `fill` leaves in its folder becomes the
-        entry; if it raises, nothing does. `describe` goes into DONE.json for a human reader. Raises
-        EnvironmentFailure where the cache can't be written.
+        Waits while another process fills the same entry, calling `waiting` every second; what that raises
+        ends the wait. What `fill` leaves in its folder becomes the entry; if it raises, nothing does.
+        `describe` goes into DONE.json for a human reader. Raises EnvironmentFailure where the cache can't be
+        written.
         """
         found = self.find(kind, digest)
         if found is not None:
             return found
-        with self._lock(kind, digest):
+        with self._locked(kind, digest, waiting):
             if self.find(kind, digest) is None:
                 with self._filling(kind, digest, describe) as folder:
                     fill(folder)
@@ -63,10 +72,21 @@ class Cache:
                 raise ValueError(f"{segment!r} cannot name a cache entry: letters, digits, '.', '_', '-'")
         return self.folder / kind / digest
 
-    def _lock(self, kind: str, digest: str) -> FileLock:
+    @contextmanager
+    def _locked(self, kind: str, digest: str, waiting: Callable[[], None]) -> Iterator[None]:
         entry = self._entry(kind, digest)
         make_folder(entry.parent)
-        return FileLock(entry.with_name(f"{digest}.lock"))
+        lock = FileLock(entry.with_name(f"{digest}.lock"))
+        while True:
+            try:
+                lock.acquire(timeout=_LOOK_S)
+                break
+            except Timeout:
+                waiting()
+        try:
+            yield
+        finally:
+            lock.release()
 
     @contextmanager
     def _filling(self, kind: str, digest: str, describe: dict[str, Any]) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from minitron_ray.core.errors import Interrupted
 from minitron_ray.core.units import format_count
 from minitron_ray.distillation.losses.cross_entropy import CrossEntropy
 from minitron_ray.evaluation.measure import Measurement
@@ -62,11 +63,28 @@ def run(context: Context) -> tuple[dict[str, Any], str]:
 
     describe = {"what": f"{experiment.teacher.path}, corrected", "recipe": correction.recipe}
     try:
-        folder = cache.ensure(KIND, key, describe, fill)
+        folder = cache.ensure(KIND, key, describe, fill, _patience(context))
     finally:  # of an attempt that was stopped too; who made the entry may be removing what it was made from
         _copy_rows(cache.find(KIND, key) or work, context.run.store)
     shutil.rmtree(work, ignore_errors=True)
     return {"folder": str(folder), "recipe": key}, _summary(context.run.store, made)
+
+
+def _patience(context: Context) -> Callable[[], None]:
+    """While another run corrects the same teacher, which may take hours: says so once, and hears a stop."""
+    told = False
+
+    def wait() -> None:
+        nonlocal told
+        if context.cluster.stop.requested:
+            raise Interrupted("stopped by request")
+        if not told:
+            context.cluster.events.emit(
+                "note", text="waiting for another run, which corrects the same teacher"
+            )
+            told = True
+
+    return wait
 
 
 def taught_by(ready: Prepared, folder: Path) -> Prepared:

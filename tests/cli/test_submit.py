@@ -18,11 +18,11 @@ import pytest
 from click.testing import CliRunner
 
 from minitron_ray.cli import main
-from minitron_ray.cli.attached import watch_command
+from minitron_ray.cli.attached import end_as, watch_command
 from minitron_ray.cli.handover import hand_over
-from minitron_ray.core.errors import ConfigError, EnvironmentFailure
+from minitron_ray.core.errors import ConfigError, EnvironmentFailure, Interrupted, MinitronError
 from minitron_ray.core.loading import load
-from minitron_ray.execution.jobs import Jobs, job_server
+from minitron_ray.execution.jobs import Jobs, JobState, job_server
 from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.experiment import Experiment
 from tests.end_to_end.desk import Desk
@@ -113,6 +113,27 @@ def test_the_command_that_follows_again() -> None:
 
     assert command("http://127.0.0.1:8265") == "minitron-ray watch job-a-1"
     assert command("http://h:1") == "minitron-ray watch job-a-1 --address http://h:1"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message", "kind", "words", "exit_code"),
+    [
+        ("STOPPED", None, "", Interrupted, "submit the same files again", 130),
+        ("FAILED", 143, "", Interrupted, "submit the same files again", 130),
+        ("FAILED", 2, "x.yaml:3:1: bad", MinitronError, "failed with exit code 2", 2),
+        ("FAILED", -9, "", MinitronError, "failed with exit code -9", 1),
+        ("FAILED", None, "no node has room\nmore", EnvironmentFailure, "could not run: no node has room", 3),
+        ("FAILED", 1, "python: No module named minitron_ray", EnvironmentFailure, "as `python` in", 3),
+        ("FAILED", 127, "bash: exec: python: not found", EnvironmentFailure, "as `python` in", 3),
+    ],
+)
+def test_a_command_ends_as_its_job(
+    status: str, code: int | None, message: str, kind: type[MinitronError], words: str, exit_code: int
+) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        end_as(JobState(status=status, message=message, exit_code=code, metadata={}), "job-1")
+    assert caught.value.exit_code == exit_code
+    end_as(JobState(status="SUCCEEDED", message=message, exit_code=0, metadata={}), "job-1")
 
 
 def test_a_job_server_that_does_not_answer_is_said() -> None:

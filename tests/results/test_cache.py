@@ -59,6 +59,33 @@ def test_an_entry_is_filled_once(tmp_path: Path) -> None:
     assert cache.ensure("tokens", DIGEST, {}, fill) == first and len(calls) == 1
 
 
+def test_who_waits_for_another_process_is_called_and_may_give_up(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    program = (
+        "import sys, time, pathlib; from minitron_ray.results.cache import Cache\n"
+        "def fill(folder): print('filling', flush=True); time.sleep(60)\n"
+        f"Cache(pathlib.Path(sys.argv[1])).ensure('tokens', {DIGEST!r}, {{}}, fill)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    calls = []
+
+    def waiting() -> None:
+        calls.append("called")
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with other, other.stdout:  # type: ignore[union-attr]
+        try:
+            assert other.stdout.readline() == "filling\n"  # type: ignore[union-attr]
+            with pytest.raises(KeyboardInterrupt):
+                cache.ensure("tokens", DIGEST, {}, lambda folder: pytest.fail("two fill it"), waiting)
+        finally:
+            other.kill()
+    assert cache.ensure("tokens", DIGEST, {}, lambda folder: None, waiting) and len(calls) == 2
+
+
 def test_builds_may_nest_for_different_entries(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
 
