@@ -259,8 +259,8 @@ class Cluster:
                     number, arguments = waiting.pop()
                     running[remote.remote(threads, function, *arguments)] = number
                 for task in ray.wait(list(running), timeout=0.5)[0]:
-                    results[running[task]] = ray.get(task)
-                    del running[task]
+                    number = running.pop(task)
+                    results[number] = ray.get(task)
                 if (waiting or running) and self.stop.requested:
                     raise Interrupted("stopped by request")
         except ray.exceptions.RayTaskError as error:
@@ -268,8 +268,7 @@ class Cluster:
         except ray.exceptions.RayError as error:
             raise MinitronError(f"a worker was lost: {str(error).splitlines()[0]}") from error
         finally:
-            for task in running:
-                ray.cancel(task, force=True)
+            _end(list(running))
         return results
 
     def _total(self, resource: str) -> float:
@@ -286,6 +285,16 @@ class Cluster:
                 f"(cluster: {self.cpus} CPUs, {self.gpus} GPUs); lower them in the cluster file"
             )
         return resources
+
+
+def _end(tasks: list[Any]) -> None:
+    """Ends tasks, but for those that have ended: a task that is cancelled while Ray takes in its result makes
+    Ray abort this process ("Tried to complete task that was not pending")."""
+    import ray
+
+    if tasks:
+        for task in ray.wait(tasks, num_returns=len(tasks), timeout=0)[1]:
+            ray.cancel(task, force=True)
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -115,6 +117,36 @@ def always_die(part: int, report: Any) -> None:
 def test_workers_that_keep_dying_are_an_error(cluster: Cluster) -> None:
     with pytest.raises(MinitronError, match="a worker was lost"):
         cluster.map(always_die, [0])
+
+
+FAILING = """
+import sys
+from pathlib import Path
+from minitron_ray.core.errors import MinitronError
+from minitron_ray.core.events import EventBus
+from minitron_ray.execution.cluster import Cluster
+from minitron_ray.execution.settings import ClusterSettings
+from minitron_ray.execution.stop import StopSignal
+
+def fail(part, report):
+    raise MinitronError("no")
+
+with Cluster(ClusterSettings(), Path(sys.argv[1]), EventBus(), StopSignal()) as cluster:
+    for told in range(1, 81):
+        try:
+            cluster.map(fail, [0])
+        except MinitronError:
+            continue
+        sys.exit(f"call {told} did not fail")
+print("told", told)
+"""
+
+
+def test_a_failure_does_not_abort_the_driver(tmp_path: Path) -> None:
+    """Ray aborts a process that cancels a task whose failure it is still taking in; of 80 one was met."""
+    command = [sys.executable, "-c", FAILING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "told 80\n"), done.stderr
 
 
 def refuse(part: int, report: Any) -> None:
