@@ -105,7 +105,7 @@ class Desk:
         number: signal.Signals,
         *arguments: str,
         files: tuple[str, ...] = ("tiny.yaml",),
-        patience: float = 120,
+        patience: float = 300,
     ) -> tuple[int, str]:
         """Starts a run, sends the signal to the driver alone once `seen`, and waits for its end."""
         process = self.start("run", *files, *arguments)

@@ -167,6 +167,7 @@ def test_an_edited_text_is_another_run(desk: Desk, whole: Desk) -> None:
     assert "reused" not in err and "taken over" not in err
 
 
+@pytest.mark.timeout(900)
 def test_kill_9_of_the_driver_loses_and_doubles_nothing(desk: Desk, whole: Desk) -> None:
     for table in ("trials", "steps"):
         seen = lambda table=table: len(list(desk.results.glob(f"tiny/*/tables/{table}/*.arrow"))) > 2  # noqa: E731
@@ -178,6 +179,7 @@ def test_kill_9_of_the_driver_loses_and_doubles_nothing(desk: Desk, whole: Desk)
     assert contents(desk) == contents(whole)
 
 
+@pytest.mark.timeout(900)
 def test_a_stop_comes_at_a_safe_point_and_says_how_to_go_on(desk: Desk, whole: Desk) -> None:
     for number, exit_code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         before = len(list(desk.results.glob("tiny/*/tables/steps/*.arrow")))
