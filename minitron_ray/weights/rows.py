@@ -61,9 +61,8 @@ class StoredRows:
 
         dtype = torch_dtype(self._checkpoint.dtype(name))
         file, stored = self._checkpoint.stored_as(name)
-        span, shape = self._spans[file][stored], self._checkpoint.shape(name)
-        row = span.size // max(1, shape[0])
-        parts = [(span.start + run.start * row, span.start + run.stop * row) for run in runs]
+        start, row = self._spans[file][stored].start, self.row_bytes(name)
+        parts = [(start + run.start * row, start + run.stop * row) for run in runs]
         try:
             memory, base = self._file(file).read(parts, self._buffer)
         except (OSError, EOFError) as error:
@@ -74,7 +73,7 @@ class StoredRows:
         rows = runs[-1].stop - runs[0].start
         values = rows * row // dtype.itemsize
         flat = torch.frombuffer(memory, dtype=dtype, count=values, offset=parts[0][0] - base)
-        return flat.reshape(rows, *shape[1:])
+        return flat.reshape(rows, *self._checkpoint.shape(name)[1:])
 
     def row_bytes(self, name: str) -> int:
         """Bytes of one row of a tensor, as it is stored."""
