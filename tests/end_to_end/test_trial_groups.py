@@ -1,4 +1,4 @@
-"""Trials of two processes each, and a baseline like them: the same losses as in one, and none waits for
+"""Trials of two processes each, and baselines like them: the same losses as in one, and none waits for
 another's place for ever."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ budget: {parameters: 75k, tolerance: 20%}
 search:
   space: {layers: 3..4, mlp: [64, 96]}
   trials: 2
-  baselines: [scratch]
+  baselines: [largest_first, scratch]
   retrain: {tokens: 1024, rungs: 2, learning_rate: 3e-3}
 """
 )
@@ -40,10 +40,12 @@ def run(desk: Desk) -> set[str]:
 
 
 def groups_of(rows: list[dict[str, Any]]) -> int:
-    """How many groups these rows come from: one a rung of a trial, one a baseline that is trained."""
+    """How many groups these rows come from: one a rung of a trial, one a cut that is scored, one a
+    baseline that is trained."""
     rungs = [row for row in rows if row["origin"] == "search" and row["tokens"]]
+    cuts = [row for row in rows if row["origin"] == "largest_first" and row["rung"] == 0]
     others = [row for row in rows if row["origin"] != "search" and row["status"] == "completed"]
-    return len(rungs) + sum(not row["copied"] for row in others)
+    return len(rungs) + len(cuts) + sum(not row["copied"] for row in others)
 
 
 @pytest.mark.timeout(900)
@@ -62,7 +64,7 @@ def test_a_group_trains_as_one_process_does(tmp_path: Path, tiny_llama: Path, ti
         desk.clear()
     searched = [key for key in found["one"] if key[0] == "search"]
     assert found["one"].keys() == found["group"].keys() and len(searched) == 5
-    assert {key[0] for key in found["one"]} == {"search", "scratch"}
+    assert {key[0] for key in found["one"]} == {"search", "largest_first", "scratch"}
     for key, row in found["one"].items():
         other = found["group"][key]
         assert row["status"] == other["status"] and row["final"] == other["final"]
