@@ -63,6 +63,8 @@ FOR_LONG: Final = (45.0, 60.0)
 """Seconds without a network; Ray gives a node up after about half a minute."""
 ON_ITS_WAY: Final = 2.0
 """Seconds in which a step may be heard of that was made before the fault."""
+LINGERS: Final = ("leave",)
+"""Faults that some steps may still be made after: got over is only what has begun again."""
 STEPS_A_FAULT: Final = 80
 """Some are made before the next one strikes, and some while a lost machine comes back."""
 SHORT_STEPS: Final = 240
@@ -295,7 +297,8 @@ class Drill:
         seconds, now = time.monotonic() - self._began, self._training()
         if fault.seconds_to_train is None:
             restarted = bool(now - self._processes)
-            if not restarted and (now != self._processes or seconds < ON_ITS_WAY):
+            waits = now != self._processes or seconds < ON_ITS_WAY or fault.kind in LINGERS
+            if not restarted and waits:
                 fault.step = max(fault.step, heard[-1][1])
                 return
             fault.restarted, fault.seconds_to_train = restarted, seconds
