@@ -5,7 +5,7 @@
     <folder>/step-00000040/           whole; renamed by rank 0 once every rank has written and synced
 
 A folder that has its final name is whole. Everything else about a run follows from the step number:
-the order of the data, the learning rate and the random numbers are functions of it.
+the order of the data and the learning rate are functions of it, and no random numbers are drawn.
 """
 
 from __future__ import annotations

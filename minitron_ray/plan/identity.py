@@ -19,13 +19,13 @@ from minitron_ray.plan.signal import choose_signal, signal_tokens
 
 VERSIONS: Final = MappingProxyType(
     {
-        "correct": 1,
+        "correct": 2,
         "importance": 2,
         "teacher": 2,
         "zero_shot": 1,
-        "search": 1,
-        "baselines": 1,
-        "distill": 2,
+        "search": 2,
+        "baselines": 2,
+        "distill": 3,
         "evaluate": 2,
         "export": 1,
     }

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.optim import AdamW
@@ -95,7 +94,6 @@ class _Distillation:
     def __init__(self, job: DistillJob, worker: Worker) -> None:
         setting = job.setting
         self._job, self._worker = job, worker
-        torch.manual_seed(setting.experiment.seed)
         self._share: Share = setting.share(worker.rank, worker.world, worker.device)
         self._student: Headless = setting.sharded_student(job.candidate, job.scores, self._share, job.distill)
         self._optimizer: AdamW = make_optimizer(self._student, job.recipe)
@@ -126,7 +124,6 @@ class _Distillation:
         """Trains from the newest checkpoint to the end; returns the last step made."""
         job, last, first = self._job, self._job.recipe.steps, self._resume()
         data = job.setting.training_data(job.recipe.batch)
-        self._seed(first + 1)
         for step in train(
             self._student,
             self._optimizer,
@@ -148,7 +145,6 @@ class _Distillation:
                     self._checkpoints.finish()
                     self._checkpoints.close()
                     return step.step
-            self._seed(step.step + 1)
         self._finish()
         return last
 
@@ -172,11 +168,6 @@ class _Distillation:
             dist.broadcast_object_list(found)
             self._skipped = found[0]
         return first
-
-    def _seed(self, step: int) -> None:
-        """Random numbers, of dropout for one, are a function of seed, step and rank: no state to keep."""
-        words = np.random.SeedSequence([self._job.setting.experiment.seed, step, self._worker.rank])
-        torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
 
     def _regroup(self) -> bool:
         """Whether rank 0 heard that the group is to begin again with more workers."""

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from minitron_ray.distillation.loop import Share, Step
 from minitron_ray.distillation.teacher import TeacherSignal
 from minitron_ray.execution.cluster import GroupSize
@@ -215,7 +213,6 @@ def train_in_group(job: tuple[Entrant, Bench, int], worker: Worker) -> None:
 def _train(entrant: Entrant, bench: Bench, total: int, share: Share, report: Callable[..., None]) -> None:
     """Writes a row at every rung."""
     setting = bench.setting
-    torch.manual_seed(setting.experiment.seed)
     first, rungs = setting.splits.validation.start, itertools.count()
 
     def on_rung(result: RungResult) -> None:

@@ -207,7 +207,6 @@ class Objective:
 
         Called again for a candidate, it goes on from its checkpoint, and first reports the rungs passed.
         """
-        torch.manual_seed(self.setting.experiment.seed)  # a reused process keeps the last trial's state
         setting, candidate = self.setting, self.candidates[candidate_id]
         share = setting.share()
         parameters = setting.family.parameters(candidate.architecture(setting.architecture))

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from minitron_ray.distillation.loop import Step
 from minitron_ray.execution.train_group import Worker
 from minitron_ray.importance.scores import Scores
@@ -36,7 +34,6 @@ class GroupTrial:
 def to_next_rung(trial: GroupTrial, worker: Worker) -> list[RungResult]:
     """Runs on every rank: trains to the next rung, or until asked to stop; gives all rungs passed so far."""
     setting = trial.setting
-    torch.manual_seed(setting.experiment.seed)
     share = setting.share(worker.rank, worker.world, worker.device)
     student = setting.sharded_student(
         trial.candidate, trial.scores, share, setting.experiment.searched.retrain

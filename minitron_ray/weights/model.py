@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.families import family_of
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+
+DROPOUT: Final = ("dropout", "_pdrop")
+"""Endings of the attributes of a config that are rates of dropout."""
 
 
 def build(
@@ -33,7 +36,8 @@ def build(
     No memory is taken for weights that already have the type and the device: those of a checkpoint
     stay memory-mapped, those of a mapping are shared with it. Training writes to them; a checkpoint's
     file never changes. A trainable model is in training mode, any other in evaluation mode without
-    gradients. The key-value cache is off. Code comes from transformers alone, and no network is used.
+    gradients. The key-value cache and all dropout are off. Code comes from transformers alone, and no
+    network is used.
 
     `each_layer` is called with every decoder layer once its weights are there, before those of the next
     are read: it may spread them over several devices, none of which then holds all layers.
@@ -80,7 +84,8 @@ def initialized(
 ) -> PreTrainedModel:
     """The trainable network that `config` describes with random weights, float32, as transformers starts one.
 
-    The weights depend on `seed` alone, and on no device. Raises RuntimeError as `build` does.
+    The weights depend on `seed` alone, and on no device. All dropout is off. Raises RuntimeError as `build`
+    does.
     """
     import torch
 
@@ -114,6 +119,11 @@ def _stock(
 
     attributes = {name: value for name, value in config.items() if name not in ("model_type", "torch_dtype")}
     stock = AutoConfig.for_model(config["model_type"], **attributes)
+    for name in stock.to_dict():  # those, too, of which `config` is silent: GPT-2's are on by default
+        if name.endswith(DROPOUT):
+            # What a student drops is lost on it: it is to agree with a teacher that drops nothing.
+            # Training then draws no random numbers either, so none belong to what it goes on from.
+            setattr(stock, name, 0.0)
     with during:
         model = AutoModelForCausalLM.from_config(
             stock, attn_implementation=family_of(config).attention, dtype=dtype

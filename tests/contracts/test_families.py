@@ -20,7 +20,7 @@ from minitron_ray.models.families import rewritten, supported
 from minitron_ray.models.family import Row
 from minitron_ray.models.kept import Blend, Kept
 from minitron_ray.weights.checkpoint import Checkpoint
-from minitron_ray.weights.model import build, skeleton
+from minitron_ray.weights.model import build, initialized, skeleton
 from minitron_ray.weights.surgery import cut
 from minitron_ray.weights.writing import write_checkpoint
 from tests.contracts.networks import CONFIGS, IDS, Case, is_consumer, projections, random_kept, some
@@ -66,6 +66,27 @@ def test_count_is_the_stock_models(case: Case, seed: int) -> None:
     core = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in ends)
     assert core == case.family.non_embedding_parameters(arch)
     assert case.family.read(case.student_config(kept)) == arch
+
+
+def test_dropout_is_off_in_training_and_stays_in_the_config(case: Case) -> None:
+    """Of the teacher, and of a student that is started from random weights."""
+    kind = case.config["model_type"]
+    rates = {name: 0.5 for name in AutoConfig.for_model(kind).to_dict() if "drop" in name}
+    config = case.config | rates
+    assert rates
+    stock = AutoConfig.for_model(kind, **{name: config[name] for name in config if name != "model_type"})
+    drops = AutoModelForCausalLM.from_config(stock).train()
+    kept = Kept.whole(case.arch)
+    student = case.family.student_config(config, case.arch, kept)
+    assert rates.items() <= student.items()
+    with torch.no_grad():
+        assert not torch.equal(drops(IDS).logits, drops(IDS).logits), "stock transformers does drop"
+        for model in (build(student, case.weights, trainable=True), initialized(student, seed=0)):
+            assert model.training
+            first = model(input_ids=IDS, labels=IDS)
+            again = model(input_ids=IDS, labels=IDS)
+            assert torch.equal(first.loss, again.loss) and torch.equal(first.logits, again.logits)
+            assert torch.equal(first.logits, model.eval()(input_ids=IDS).logits)
 
 
 def test_places_and_taps_exist(case: Case) -> None:
