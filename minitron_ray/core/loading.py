@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_json
@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails, to_json
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.core.kinds import keys
 from minitron_ray.core.overrides import apply_overrides
-from minitron_ray.core.sections import fields_named, kind_of, nearest, sections_at
+from minitron_ray.core.sections import fields_named, kind_of, nearest, sections_at, with_default_kinds
 from minitron_ray.core.sentences import type_sentence, unknown_kind, value_sentence, wrong_type
 from minitron_ray.core.yaml import Document, Location, Problem, dotted
 
@@ -53,12 +53,13 @@ def check(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) -
 def check_document(document: Document, model: type[Model]) -> Checked[Model]:
     """`check` of a document that is already read, or put together from several."""
     instance, problems = None, list(document.problems)
+    data = with_default_kinds(document.data, [model])
     try:
         # JSON mode: lists are tuples, and strict still means no text for numbers.
-        instance = model.model_validate_json(to_json(document.data), strict=True)
+        instance = model.model_validate_json(to_json(data), strict=True)
     except ValidationError as error:
         broken = {p.path for p in problems if p.path and document.resolve(p.path)[1].content is None}
-        found = _Explainer(document, model).explain(error.errors(include_url=False))
+        found = _Explainer(document, model, data).explain(error.errors(include_url=False))
         problems += [p for p in found if not any(p.path[: len(path)] == path for path in broken)]
     if not problems:
         return Checked(document=document, model=instance, problems=())
@@ -72,8 +73,9 @@ def check_document(document: Document, model: type[Model]) -> Checked[Model]:
 class _Explainer:
     """Turns the errors of one validation into problems with positions."""
 
-    def __init__(self, document: Document, model: type[BaseModel]) -> None:
-        self._document, self._model, self._data = document, model, document.data
+    def __init__(self, document: Document, model: type[BaseModel], data: Any) -> None:
+        """`data` is the document's, with kinds that follow from defaults written out."""
+        self._document, self._model, self._data = document, model, data
 
     def explain(self, errors: Iterable[ErrorDetails]) -> list[Problem]:
         missing: dict[Location, Problem] = {}

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from minitron_ray.core.kinds import keys
+from minitron_ray.core.kinds import Plugin, keys
 from minitron_ray.core.yaml import Location
 
 
@@ -32,6 +32,25 @@ def sections_at(model: type[BaseModel], path: Location, data: Any) -> list[type[
         kind = data.get("kind") if isinstance(data, dict) else None
         classes = [cls for cls in classes if kind_of(cls) == kind] or classes
     return classes
+
+
+def with_default_kinds(data: Any, classes: Iterable[type[BaseModel]]) -> Any:
+    """The values of a section of one of `classes`, with the `kind` written out where a plug-in's section inside
+    leaves it out and the key's default has one: `width: {batch: var}` speaks of the default metric."""
+    if isinstance(data, list):
+        return [with_default_kinds(item, classes) for item in data]
+    if not isinstance(data, dict):
+        return data
+    classes = list(classes)
+    filled = dict(data)
+    for cls in [cls for cls in classes if kind_of(cls) == data.get("kind")] or classes:
+        for name, item in keys(cls).items():
+            value = data.get(name)
+            if isinstance(value, dict) and "kind" not in value and isinstance(item.default, Plugin):
+                value = {"kind": kind_of(type(item.default)), **value}
+            if name in data:
+                filled[name] = with_default_kinds(value, _classes(item.annotation))
+    return filled
 
 
 def kind_of(section: type[BaseModel]) -> str | None:

@@ -41,6 +41,10 @@ class Order(Section):
         return self
 
 
+class Backup(Section):
+    source: Annotated[Files | Hub, Field(discriminator="kind")] = Files(path="q")
+
+
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
     seed: Annotated[int, Field(ge=0, lt=100)] = 0
@@ -52,6 +56,7 @@ class Recipe(Section):
     sizes: Choices | None = None
     config: dict[str, Any] | str | None = None
     order: Order = Order()
+    backup: Backup = Backup()
 
 
 GOOD = {
@@ -84,6 +89,19 @@ def test_a_good_file(recipe, tmp_path):
     )
 
 
+@pytest.mark.parametrize("betas", [None, "[0.5, 0.6]"])
+def test_a_section_without_kind_is_of_the_defaults(recipe, betas):
+    """By an option, in the file, or both; another kind that is named is that one."""
+    given = "path: r" if betas is None else f"path: r, betas: {betas}"
+    meant = Backup(source=Files(path="r", betas=(0.9, 0.95) if betas is None else (0.5, 0.6)))
+    assert recipe(a=f"backup: {{source: {{{given}}}}}")[0].backup == meant
+    options = ["backup.source.path=r"] + ([f"backup.source.betas={betas}"] if betas else [])
+    assert recipe(*options)[0].backup == meant
+    assert recipe(*options, a="backup: {source: {path: other}}")[0].backup == meant
+    hub = recipe("backup.source.revision=abcd", a="backup: {source: {kind: hub, revision: dcba}}")[0]
+    assert hub.backup.source == Hub(revision="abcd")
+
+
 MISTAKES = [
     ({"budget": ""}, "x.yaml:1:1: budget: missing; this key is required"),
     ({"source": ""}, "x.yaml:1:1: source: missing; this key is required (kinds: files, hub)"),
@@ -91,6 +109,18 @@ MISTAKES = [
     ({"a": "sed: 1"}, "x.yaml:4:1: sed: unknown key; did you mean 'seed'?"),
     ({"a": "tolerance: 5%"}, "x.yaml:4:1: tolerance: unknown key; did you mean 'budget.tolerance'?"),
     ({"a": "path: q"}, "x.yaml:4:1: path: unknown key; did you mean 'source.path' or 'only.path'?"),
+    (
+        {"a": "backup: {source: {path: p, pth: q}}"},
+        "x.yaml:4:28: backup.source.pth: unknown key; did you mean 'path'?",
+    ),
+    (
+        {"a": "backup: {source: {path: p, split: test}}"},
+        "x.yaml:4:28: backup.source.split: unknown key; only kind hub has it",
+    ),
+    (
+        {"a": "backup: {source: {path: 3}}"},
+        "x.yaml:4:25: backup.source.path: expected text, found 3; put it in quotes",
+    ),
     ({"a": "order: {zzz: 1}"}, "x.yaml:4:9: order.zzz: unknown key; known keys: low, high, names"),
     (
         {"source": "source: {kind: files, path: p, split: test}"},
