@@ -34,7 +34,7 @@ FLAGS: Final[Mapping[str, str]] = MappingProxyType(
 
 SILENT: Final = frozenset(
     {
-        *("model_type", "architectures", "transformers_version", "torch_dtype", "dtype"),
+        *("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "auto_map"),
         *("name_or_path", "_name_or_path", "is_llama_config", "transformers.js_config"),
         *("unsloth_fixed", "unsloth_version", "tokenizer_class", "prefix"),
         *("_attn_implementation", "attn_implementation", "_attn_implementation_autoset"),
@@ -166,6 +166,7 @@ class Attributes:
         if not self.derives_heads:
             written.update(num_key_value_heads=arch.kv_heads, head_dim=arch.head_dim)
         written["architectures"] = [causal_lm]
+        written.pop("auto_map", None)  # names code that does not lie beside a student
         if kept_layers is not None:
             for name in PER_LAYER & written.keys():
                 if written[name] is not None:
@@ -221,13 +222,31 @@ def _refuse_foreign(config: Mapping[str, Any], causal_lm: str) -> None:
     """What would make the weights or the code something else than the stock network."""
     if config.get("quantization_config") is not None:
         raise ConfigError("the model is quantized (quantization_config); give it with plain float weights")
-    if config.get("auto_map") is not None:
+    if (own := _own_network(config.get("auto_map"), causal_lm)) is not None:
         raise ConfigError(
-            "the model brings its own code (auto_map), which is never run; remove it if not needed"
+            f"the model brings its own code (auto_map: {own}), which is never run; remove auto_map if stock "
+            f"{causal_lm} computes the same"
         )
     architectures = config.get("architectures")
     if architectures and causal_lm not in architectures:
         raise ConfigError(f"the model is a {', '.join(map(str, architectures))}; only {causal_lm} can be cut")
+
+
+def _own_network(auto_map: Any, causal_lm: str) -> str | None:
+    """What `auto_map` names that is not the stock network; None where there is nothing.
+
+    A class of the stock network's name is taken for its copy, which a model carries that was published before
+    transformers had the class, as Phi-3 was: had it tensors or attributes of its own, those would be refused.
+    """
+    if auto_map is None:
+        return None
+    if not isinstance(auto_map, Mapping):
+        return repr(auto_map)
+    networks = {name: str(code) for name, code in auto_map.items() if str(name).startswith("AutoModel")}
+    named = networks.get("AutoModelForCausalLM")
+    if named is not None:
+        return None if named.rpartition(".")[2] == causal_lm else named
+    return next(iter(networks.values()), None)
 
 
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

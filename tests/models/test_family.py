@@ -154,7 +154,14 @@ def test_student_config_slices_lists_and_carries_the_rest() -> None:
         ),
         ({"rope_interleaved": True}, "rope_interleaved = True"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, "never run"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, r"own code \(auto_map: x\.Y\), which is never run"),
+        ({"auto_map": {"AutoModelForCausalLM": "o/r--x.MyLlama"}}, "auto_map: o/r--x.MyLlama"),
+        ({"auto_map": {"AutoModelForCausalLM": "x.Phi3ForCausalLM"}}, "if stock LlamaForCausalLM computes"),
+        ({"auto_map": "x.LlamaForCausalLM"}, "auto_map: 'x.LlamaForCausalLM'"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "x.LlamaForCausalLM"}, "use_qk_norm": True},
+            "does not know: use_qk_norm = True;",
+        ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM"),
         ({"hidden_size": None}, "no hidden_size"),
         ({"hidden_size": "576"}, "hidden_size is '576', must be a whole number"),
@@ -179,6 +186,23 @@ def test_a_config_beyond_the_table_is_refused_by_name(change: dict[str, Any], me
 )
 def test_attributes_without_effect_are_accepted(harmless: dict[str, Any]) -> None:
     assert family_of(SMOLLM2).read({**SMOLLM2, **harmless}) == family_of(SMOLLM2).read(SMOLLM2)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        {"AutoConfig": "configuration_llama.LlamaConfig", "AutoModelForCausalLM": "x.LlamaForCausalLM"},
+        {"AutoModel": "x.LlamaModel", "AutoModelForCausalLM": "owner/repository--x.LlamaForCausalLM"},
+        {"AutoTokenizer": ["x.LlamaTokenizer", None]},
+        {},
+    ],
+)
+def test_code_of_the_stock_network_is_not_needed_and_not_passed_on(code: dict[str, Any]) -> None:
+    config, family = {**SMOLLM2, "auto_map": code}, family_of(SMOLLM2)
+    assert family.read(config) == family.read(SMOLLM2)
+    assert family.canonical(config) == family.canonical(SMOLLM2)
+    arch = family.read(config)
+    assert "auto_map" not in family.student_config(config, arch, Kept.whole(arch)) and "auto_map" in config
 
 
 def test_nemotron_needs_its_kv_heads_written_out() -> None:

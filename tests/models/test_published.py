@@ -84,6 +84,26 @@ GEMMA: dict[str, Any] = {
 }
 GEMMA2 = {**GEMMA, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
 GEMMA2 |= {"hidden_act": "gelu_pytorch_tanh"}
+PHI3: dict[str, Any] = {
+    "architectures": ["Phi3ForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "model_type": "phi3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "embd_pdrop": 0.0,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "sliding_window": 2047,
+    "tie_word_embeddings": False,
+}
 PYTHIA: dict[str, Any] = {
     "architectures": ["GPTNeoXForCausalLM"],
     "model_type": "gpt_neox",
@@ -189,25 +209,20 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         | {"max_position_embeddings": 32768, "rope_local_base_freq": 10000, "rope_scaling": None}
         | {"rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6},
     ),
-    "Phi-3-mini-4k": (
+    "Phi-3-mini-4k": (3_821_079_552, {**PHI3, **sizes(3072, 8192, 32, 32, 32, 32064)}),
+    "Phi-3-mini-128k": (
         3_821_079_552,
-        {
-            "architectures": ["Phi3ForCausalLM"],
-            "model_type": "phi3",
-            **sizes(3072, 8192, 32, 32, 32, 32064),
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "embd_pdrop": 0.0,
-            "hidden_act": "silu",
-            "max_position_embeddings": 4096,
-            "original_max_position_embeddings": 4096,
-            "resid_pdrop": 0.0,
-            "rms_norm_eps": 1e-05,
-            "rope_scaling": None,
-            "rope_theta": 10000.0,
-            "sliding_window": 2047,
-            "tie_word_embeddings": False,
-        },
+        {**PHI3, **sizes(3072, 8192, 32, 32, 32, 32064), "max_position_embeddings": 131072}
+        | {"rope_scaling": {"long_factor": [1.1] * 48, "short_factor": [1.05] * 48, "type": "longrope"}}
+        | {"sliding_window": 262144},
+    ),
+    "Phi-4-mini": (
+        3_836_021_760,
+        {**PHI3, **sizes(3072, 8192, 32, 24, 8, 200064), "max_position_embeddings": 131072}
+        | {"auto_map": {**PHI3["auto_map"], "AutoTokenizer": "Xenova/gpt-4o"}}
+        | {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}
+        | {"rope_scaling": {"long_factor": [1.1] * 48, "short_factor": [1.0] * 48, "type": "longrope"}}
+        | {"partial_rotary_factor": 0.75, "sliding_window": 262144, "tie_word_embeddings": True},
     ),
     "OLMo-2-1124-7B": (
         7_298_617_344,

@@ -47,7 +47,13 @@ FAMILY = Family(
             }
         ),
         flags={"tied": "tie_word_embeddings"},
-        required_values={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
+        required_values={
+            **{"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
+            **{
+                "full_attn_mod": 1,
+                "interpolate_factor": 1,
+            },  # of Phi-4-mini: every layer, positions as they are
+        },
         checks_rotary_factors=True,
     ),
 )
