@@ -28,6 +28,7 @@ from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronEr
 from minitron_ray.execution.cluster import Cluster, GroupSize, root_cause
 from minitron_ray.execution.termination import TerminableTorch, terminated
 from minitron_ray.execution.threads import with_threads
+from minitron_ray.weights.device import memory_shortage
 
 FAILURES: Final = 5
 """In a row, without anything saved between them, before a group is given up."""
@@ -316,7 +317,7 @@ def _lost(error: BaseException, workers: int) -> bool:
     if alike and not isinstance(causes[0], _LOSSES):
         return False
     cause = _cause(error)
-    return isinstance(cause, _RETRIED) and not isinstance(cause, torch.OutOfMemoryError)
+    return isinstance(cause, _RETRIED) and memory_shortage(cause) is None
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -337,9 +338,9 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 def _told(cause: BaseException) -> BaseException:
     """What a worker raised, for people where it is the machine's fault and not the program's."""
-    if isinstance(cause, torch.OutOfMemoryError):
+    if (shortage := memory_shortage(cause)) is not None:
         return EnvironmentFailure(
-            f"a worker's device has too little memory: {_line(cause)}; lower micro_batch, set "
+            f"a worker's device has too little memory: {shortage}; lower micro_batch, set "
             "activation_checkpointing: true or give more workers in the cluster file, then run it again"
         )
     if isinstance(cause, OSError):

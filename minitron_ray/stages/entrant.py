@@ -21,7 +21,7 @@ from minitron_ray.results.store import Store
 from minitron_ray.search.baselines import Baseline
 from minitron_ray.search.space import CandidateRow
 from minitron_ray.stages.setting import Setting
-from minitron_ray.stages.trial import RungResult, retrain
+from minitron_ray.stages.trial import RungResult, retrain, told_of_memory
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import initialized
 
@@ -182,10 +182,11 @@ def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Callable[.
     report("trial_started", candidate_id=name, shape=entrant.text, parameters=entrant.shape.parameters)
     reason = None
     try:
-        if bench.group is None:
-            _train(entrant, bench, total, bench.setting.share(), report)
-        else:
-            run_group_in_trial(bench.group, train_in_group, (entrant, bench, total), report)
+        with told_of_memory(bench.setting, entrant.text):
+            if bench.group is None:
+                _train(entrant, bench, total, bench.setting.share(), report)
+            else:
+                run_group_in_trial(bench.group, train_in_group, (entrant, bench, total), report)
     except Exception as error:  # the other students, and the run, go on without it
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         last = bench.last(entrant) or entrant.trial_row(0, "failed")

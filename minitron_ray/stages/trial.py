@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from minitron_ray.core.errors import MinitronError
+from minitron_ray.core.errors import EnvironmentFailure, MinitronError
 from minitron_ray.distillation.loop import MOST_SKIPPED, Recipe, Share, Step, make_optimizer, train
 from minitron_ray.distillation.teacher import TeacherSignal
 from minitron_ray.execution.cluster import GroupSize
@@ -24,7 +25,7 @@ from minitron_ray.plan.tokens import rung_tokens as planned_rungs
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.setting import Setting
 from minitron_ray.stages.trial_state import FileState, TrialState
-from minitron_ray.weights.device import autocast
+from minitron_ray.weights.device import autocast, local_device, memory_shortage
 from minitron_ray.weights.headless import Headless, final_hidden
 
 _PASSES: Final = 9
@@ -208,14 +209,20 @@ class Objective:
         Called again for a candidate, it goes on from its checkpoint, and first reports the rungs passed.
         """
         setting, candidate = self.setting, self.candidates[candidate_id]
-        share = setting.share()
         parameters = setting.family.parameters(candidate.architecture(setting.architecture))
         reporter(
             "trial_started", candidate_id=candidate_id, shape=candidate.shape_text(), parameters=parameters
         )
-        if self.group is not None:
-            self._in_group(candidate, report_rung, reporter)
-            return
+        with told_of_memory(setting, candidate.shape_text()):
+            if self.group is not None:
+                self._in_group(candidate, report_rung, reporter)
+            else:
+                self._alone(candidate, report_rung, reporter)
+
+    def _alone(
+        self, candidate: Candidate, report_rung: Callable[[dict[str, Any]], None], reporter: Any
+    ) -> None:
+        setting, share = self.setting, self.setting.share()
         student = setting.student(candidate, self.scores, share.device)
         setting.lift(student, setting.experiment.searched.retrain, candidate, self.scores)
         measured = {"latency": latency(student, share, setting)} if self.latency else {}
@@ -234,7 +241,7 @@ class Objective:
             on_rung=lambda rung: report_rung({**asdict(rung), "losses": list(rung.losses), **measured}),
             on_step=on_step,
             stop=reporter.stop_requested,
-            resume=FileState(self.checkpoints / candidate_id / "rung.pt") if self.checkpoints else None,
+            resume=FileState(self.checkpoints / candidate.id / "rung.pt") if self.checkpoints else None,
         )
 
     def _in_group(
@@ -260,6 +267,29 @@ class Objective:
             reported = len(rungs)
             if rungs[-1].final or reporter.stop_requested():
                 return
+
+
+@contextmanager
+def told_of_memory(setting: Setting, student: str) -> Iterator[None]:
+    """Within it, memory that cannot be had is told as a shortage for training `student`, and what would do.
+
+    Raises EnvironmentFailure for it, and any other error as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        shortage = memory_shortage(error)
+        if shortage is None:
+            raise
+        lower = ["micro_batch"] if setting.micro_batch > 1 else []
+        lower += [] if local_device().type == "cuda" else ["concurrent_trials"]  # they share the memory
+        remedies = [f"lower {' or '.join(lower)}"] if lower else []
+        remedies += [] if setting.engine.recompute else ["set activation_checkpointing: true"]
+        raise EnvironmentFailure(
+            f"{student} at micro_batch {setting.micro_batch} needs more memory than there is for a trial: {shortage}; "
+            f"{', '.join(remedies)}{' or ' if remedies else ''}raise trial_workers in the cluster file, then run it "
+            "again"
+        ) from error
 
 
 def progress_fields(setting: Setting, candidate: Candidate, step: Step) -> dict[str, Any]:

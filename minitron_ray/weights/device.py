@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ _CONTROL_GROUPS: Final = (
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 """Limit and use of the container this process is in, where it is in one."""
+
+_CPU_ALLOCATOR: Final = "DefaultCPUAllocator: can't allocate memory"
 
 
 def local_device() -> torch.device:
@@ -77,6 +80,19 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_shortage(error: BaseException) -> str | None:
+    """What `error` says, in a line, where it is of memory that could not be had, on an accelerator or a CPU;
+    None for any other error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return text or "no memory is left"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return text
+    if isinstance(error, RuntimeError) and _CPU_ALLOCATOR in text:  # torch has no class for it
+        return text[text.index(_CPU_ALLOCATOR) :]
+    return None
 
 
 def _available() -> int:
