@@ -86,7 +86,7 @@ def rehearse(
     """Goes through the experiments in order and prints what was found.
 
     Raises what a stage raised; ConfigError where nothing is known of a model, or another rehearsal is under
-    way in the same results folder.
+    way in the same results folder, and at the end where inputs are missing that the real run needs.
     """
     results = results.expanduser().resolve()
     with _alone(results) as folder:
@@ -103,6 +103,7 @@ def rehearse(
             click.echo(json.dumps([one.as_json() for one in found], indent=2, allow_nan=False))
         else:
             click.echo("\n".join(verdict(found)))
+        refuse_missing(found)
 
 
 @contextmanager
@@ -233,12 +234,29 @@ def told(found: Rehearsal) -> list[str]:
     ]
 
 
-def verdict(found: Sequence[Rehearsal]) -> list[str]:
-    """What is to be done before the real run, for people."""
+def missing(found: Sequence[Rehearsal]) -> dict[str, list[str]]:
+    """What the real run needs and stand-ins were used for, with the experiments that need it."""
     by_problem: dict[str, list[str]] = {}
     for one in found:
         for problem in one.problems:
             by_problem.setdefault(problem, []).append(one.experiment)
+    return by_problem
+
+
+def refuse_missing(found: Sequence[Rehearsal]) -> None:
+    """Raises ConfigError where a real run would stop, which a script that goes on with one must hear of."""
+    if problems := missing(found):
+        first, *others = problems
+        more = f" (and {format_count(len(others))} more)" if others else ""
+        raise ConfigError(
+            f"the real run can't begin: {first}{more}; every stage went through with stand-ins: put in place what "
+            "is missing, then rehearse again"
+        )
+
+
+def verdict(found: Sequence[Rehearsal]) -> list[str]:
+    """What is to be done before the real run, for people."""
+    by_problem = missing(found)
     lines = [f"this was {REHEARSED}"]
     if not by_problem:
         return [*lines, "every model and every text that the files name was found and could be read"]

@@ -51,8 +51,9 @@ def run(
     at the next safe point, a second Ctrl-C at once. --json prints a list, a ranking for each EXPERIMENT.
 
     --rehearse first finds out what would fail: the same files on the same cluster, with small models of the
-    same family, spaces and tokens divided down. Models and text are looked at, and what is missing is told.
-    It leaves its runs in DIR/.rehearsal until the next one, and nothing else ever takes them for results.
+    same family, spaces and tokens divided down. Models and text are looked at: stand-ins take the place of
+    what is missing, which is told at the end, with exit code 2. It leaves its runs in DIR/.rehearsal until
+    the next one, and nothing else ever takes them for results.
     """
     from minitron_ray.cli.chain import check_starts, in_order
     from minitron_ray.cli.launch import cluster_settings, launch, read_experiments

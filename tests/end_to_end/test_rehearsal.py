@@ -27,7 +27,8 @@ def test_a_chain_is_gone_through_and_leaves_no_result(desk: Desk) -> None:
     """The first file's text is missing; its real run would take a trillion tokens."""
     (desk.folder / "tiny.yaml").write_text(FIRST)
     (desk.folder / "tinier.yaml").write_text(SECOND)
-    out, err = desk.call("run", "--rehearse", "tinier.yaml", "tiny.yaml", "--json")
+    out, err = desk.call("run", "--rehearse", "tinier.yaml", "tiny.yaml", "--json", expect=2)
+    assert f"error: the real run can't begin: data.source: no file fits {desk.folder}" in err
     first, second = json.loads(out)
     assert [one["experiment"] for one in (first, second)] == ["tiny", "tinier"]
     assert [problem[:40] for problem in first["problems"]] == [
