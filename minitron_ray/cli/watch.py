@@ -29,22 +29,24 @@ def watch(
     stop: bool,
     quiet: bool,
 ) -> None:
-    """Follow RUN until it ends: a run of the results folder (as for `report`), or a submitted job.
+    """Follow RUN until it ends: a run of the results folder (as for `report`), or a submitted job (job-...).
 
+    A name that both have is that of the run; with --address, --cluster or --stop it is that of the job.
     Ctrl-C ends the following, not the run. The exit code is that of the run.
     """
     from minitron_ray.cli.attached import follow, follow_run
     from minitron_ray.cli.launch import cluster_settings
     from minitron_ray.execution.jobs import Jobs, job_server
+    from minitron_ray.results.runs import names_run
 
+    options = {"--address": address, "--cluster": cluster_file, "--stop": stop}
+    given = [option for option, value in options.items() if value]
     of_a_job = run is not None and run.startswith(_JOB_NAMES)
-    if not of_a_job:
-        for option, given in (("--address", address), ("--cluster", cluster_file), ("--stop", stop)):
-            if given:
-                raise click.UsageError(f"{option} is for a submitted run: name its job (job-...)")
+    if run is None or not of_a_job or (not given and names_run(results, run)):
+        if given:
+            raise click.UsageError(f"{given[0]} is for a submitted run: name its job (job-...)")
         follow_run(results, run, quiet=quiet)
         return
-    assert run is not None
     jobs = Jobs(job_server(cluster_settings(cluster_file, None), address))
     if stop:
         jobs.stop(run)

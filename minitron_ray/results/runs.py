@@ -86,6 +86,16 @@ def find_runs(results: Path) -> list[RunInfo]:
     return sorted(infos, key=lambda info: (info.created, info.run_id))
 
 
+def names_run(results: Path, name: str) -> bool:
+    """Whether `name` is, in full, that of a run or of an experiment that has one."""
+    return any(name in _full_names(run) for run in find_runs(results))
+
+
+def _full_names(run: RunInfo) -> tuple[str, str, str]:
+    """Run id, `experiment/run id`, experiment."""
+    return run.run_id, f"{run.experiment}/{run.run_id}", run.experiment
+
+
 def resolve_run(results: Path, name: str | None = None) -> RunInfo:
     """The run meant by a run id, `experiment/run id`, an experiment's name (its newest), or the start of
     one run id; the newest of all if None. Raises NotFound with the nearest names."""
@@ -94,8 +104,8 @@ def resolve_run(results: Path, name: str | None = None) -> RunInfo:
         raise NotFound(f"no runs in {results}; start one with `minitron-ray run EXPERIMENT`")
     if name is None:
         return runs[-1]
-    for names in (lambda run: (run.run_id, f"{run.experiment}/{run.run_id}"), lambda run: (run.experiment,)):
-        matches = [run for run in runs if name in names(run)]
+    for meant in (slice(0, 2), slice(2, 3)):
+        matches = [run for run in runs if name in _full_names(run)[meant]]
         if matches:
             return matches[-1]
     starting = [run for run in runs if run.run_id.startswith(name)]

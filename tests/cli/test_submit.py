@@ -25,6 +25,7 @@ from minitron_ray.core.loading import load
 from minitron_ray.execution.jobs import Jobs, JobState, job_server
 from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.experiment import Experiment
+from minitron_ray.results.run import Run
 from tests.end_to_end.desk import Desk
 from tests.end_to_end.test_two_nodes import end, free_port, listening, start, wait
 
@@ -151,6 +152,26 @@ def test_options_of_a_job_are_refused_for_a_run_here(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "--stop is for a submitted run" in done.output
     done = CliRunner().invoke(main, ["watch", "tiny", "--results", str(tmp_path)])
     assert done.exit_code == 4 and "no runs in" in done.output
+
+
+def test_a_run_that_is_named_like_a_job_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its full name, and unless an option of jobs is given."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{free.getsockname()[1]}")
+    run = Run.open(tmp_path, "job-a", "0" * 64, b"name: job-a\n", {}, {"versions": {}})
+    run.set_status("interrupted")
+
+    def watched(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(main, ["watch", *arguments, "--results", str(tmp_path)])
+        return done.exit_code, done.output
+
+    for name in ("job-a", f"job-a/{run.run_id}", run.run_id):
+        code, output = watched(name)
+        assert code == 130 and f"run {run.run_id}" in output, output
+    for arguments in (("job-a", "--stop"), ("job-a-123456",), ("job-",)):
+        code, output = watched(*arguments)
+        assert code == 3 and "the job server at http://127.0.0.1:" in output, output
 
 
 # --- A real head ----------------------------------------------------------------------------------------
