@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -199,6 +200,29 @@ def head() -> Iterator[str]:
     finally:
         end(node)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_ray_of_a_run_here_takes_no_jobs(desk: Desk) -> None:
+    """Whoever asks for it, and by default where a tunnel would end."""
+    program = (
+        "import sys, time; import ray; from minitron_ray.execution.ray_start import start_ray; start_ray(None); "
+        "print(ray._private.worker._global_node.address_info['webui_url'], flush=True); sys.stdin.read()"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert run.stdout is not None
+        server = f"http://{run.stdout.readline().strip()}"
+        where = ("--results", str(desk.results), "--detach")
+        _, err = desk.call("submit", "tiny.yaml", *where, expect=3, RAY_API_SERVER_ADDRESS=server)
+        assert f"the Ray at {server} is that of a run on this machine" in err and "--address http" in err
+        _, err = desk.call("watch", "job-x", "--address", server, expect=3)
+        assert "is that of a run on this machine" in err
+    finally:
+        run.communicate("")
 
 
 @pytest.mark.ray
