@@ -13,6 +13,10 @@ from minitron_ray.results.runs import STAGES
 
 INTERVAL = 30.0
 """Seconds between two lines about the same stage's progress."""
+SILENCE = 60.0
+"""Seconds without a line after which the trials at work are told of."""
+_TOLD = 3
+"""Trials in such a line at most."""
 
 
 class Heartbeat:
@@ -23,13 +27,19 @@ class Heartbeat:
         self._model = ProgressModel(stages)
         self._lock = threading.Lock()
         self._spoke_at: dict[str, float] = {}
+        self._wrote_at: float | None = None
+        self._moved: dict[str, None] = {}
+        """Trials that got on since they were last told of."""
 
     def __call__(self, event: Event) -> None:
         with self._lock:
             self._model.apply(event)
+            if self._wrote_at is None:
+                self._wrote_at = event.at
             text = self._text(event)
             if text is None:
                 return
+            self._wrote_at = event.at
             minutes, seconds = divmod(int(self._model.elapsed(event.at)), 60)
             at = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
             try:
@@ -55,6 +65,8 @@ class Heartbeat:
                 return f"{fields['stage']}: finished in {took}, {fields.get('summary', '')}"
             case "stage_failed":
                 return f"{fields['stage']}: failed: {fields['error']}"
+            case "trial_progress":
+                return self._trials(event)
             case "trial_finished":
                 return _ended(self._model.trials[fields["candidate_id"]])
             case "note":
@@ -69,6 +81,18 @@ class Heartbeat:
             return None
         self._spoke_at[stage.name] = event.at
         return f"{stage.name}: {', '.join(figures(stage, event.at))}"
+
+    def _trials(self, event: Event) -> str | None:
+        """Between two rungs nothing else is said of a trial, and that may be long."""
+        self._moved[event.fields["candidate_id"]] = None
+        stage, known = self._model.running_stage(), self._model.trials
+        at_work = [known[name] for name in self._moved if known[name].status == "running"]
+        assert self._wrote_at is not None
+        if stage is None or not at_work or event.at - self._wrote_at < SILENCE:
+            return None
+        self._moved.clear()
+        more = [f"and {len(at_work) - _TOLD} more"] if len(at_work) > _TOLD else []
+        return f"{stage.name}: {'; '.join([*map(_at_work, at_work[:_TOLD]), *more])}"
 
 
 def figures(stage: Stage, now: float) -> list[str]:
@@ -93,6 +117,16 @@ def amount(stage: Stage) -> str:
 
 def _work(stage: Stage) -> str:
     return f", {stage.total:,.0f} {stage.unit}" if stage.total is not None else ""
+
+
+def _at_work(trial: Trial) -> str:
+    of = f" of {trial.total_tokens:,}" if trial.total_tokens is not None else ""
+    parts = [f"{trial.shape or trial.candidate_id} at {trial.tokens:,}{of} tokens"]
+    if trial.train_loss is not None:
+        parts.append(f"loss {trial.train_loss:.4f}")
+    if trial.tokens_per_second is not None:
+        parts.append(f"{format_count(trial.tokens_per_second)} tokens/s")
+    return ", ".join(parts)
 
 
 def _ended(trial: Trial) -> str:

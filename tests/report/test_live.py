@@ -235,6 +235,60 @@ def test_heartbeat_tells_progress_every_thirty_seconds() -> None:
     ]
 
 
+def slow_trials(seconds: int, names: str) -> list[str]:
+    """What is said of trials that make a step of ten tokens a second, one after the other."""
+    stream = io.StringIO()
+    heartbeat = Heartbeat(stream)
+
+    def tell(kind: str, at: float, **fields: Any) -> None:
+        heartbeat(Event(kind=kind, fields=fields, at=at))
+
+    tell("stage_started", 0.0, stage="search", total=8, unit="trials")
+    for name in names:
+        tell("trial_started", 0.0, candidate_id=name, shape=f"{name}L")
+    for at in range(1, seconds):
+        name = names[at % len(names)]
+        progress = {"tokens": 10 * at, "total_tokens": 9000, "train_loss": 4.0, "tokens_per_second": 10.0}
+        tell("trial_progress", float(at), candidate_id=name, **progress)
+        if at == 100:
+            tell("note", 100.0, text="something else")
+    return stream.getvalue().splitlines()[1:]
+
+
+def test_slow_trials_are_told_of_after_a_minute_of_silence() -> None:
+    assert slow_trials(240, "a") == [
+        "[0:01:00] search: aL at 600 of 9,000 tokens, loss 4.0000, 10 tokens/s",
+        "[0:01:40] something else",
+        "[0:02:40] search: aL at 1,600 of 9,000 tokens, loss 4.0000, 10 tokens/s",
+        "[0:03:40] search: aL at 2,200 of 9,000 tokens, loss 4.0000, 10 tokens/s",
+    ]
+
+
+def test_many_slow_trials_are_one_line() -> None:
+    [line] = slow_trials(61, "abcde")
+    assert line.count(" tokens, loss 4.0000") == 3 and line.endswith("; and 2 more")
+    assert "bL at 560 of 9,000" in line or "bL at 510 of 9,000" in line
+
+
+def test_a_trial_that_has_ended_or_stands_still_is_not_at_work() -> None:
+    stream = io.StringIO()
+    heartbeat = Heartbeat(stream)
+    says: list[Say] = [
+        (0, "stage_started", {"stage": "search"}),
+        (1, "trial_progress", A | {"tokens": 1}),
+        (2, "trial_progress", B | {"tokens": 2}),
+        (3, "trial_finished", B | {"status": "stopped", "tokens": 2}),
+        (70, "trial_progress", A | {"tokens": 7}),
+        (140, "trial_progress", {"candidate_id": "c", "tokens": 5}),
+    ]
+    for event in events(says):
+        heartbeat(event)
+    assert [line.partition("] ")[2] for line in stream.getvalue().splitlines()[2:]] == [
+        "search: aaaaaaaaaa at 7 tokens",
+        "search: c at 5 tokens",
+    ]
+
+
 class ClosedPipe(io.StringIO):
     def write(self, text: str) -> int:
         raise BrokenPipeError
