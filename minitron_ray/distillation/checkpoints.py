@@ -48,6 +48,28 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
+def newest_sound(folder: Path) -> int:
+    """The step of the newest checkpoint in a folder that lost nothing; 0 if there is none. It is the one that is
+    gone on from: later ones that lost a file, or part of one, are passed over."""
+    return next((step for step in reversed(saved_steps(folder)) if _sound(_path(folder, step))), 0)
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _sound(path: Path) -> bool:
+    """Whether every byte that the metadata tells of is there."""
+    try:
+        stored = dcp.FileSystemReader(path).read_metadata().storage_data
+        sizes = {
+            name: (path / name).stat().st_size for name in {one.relative_path for one in stored.values()}
+        }
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError):
+        return False
+    return all(one.offset + one.length <= sizes[one.relative_path] for one in stored.values())
+
+
 class Superseded(RuntimeError):
     """Another group has taken over: what this one computes must not be written any more."""
 
@@ -73,11 +95,8 @@ class Checkpoints:
         self._owner = self._agree(self._claim)
 
     def latest(self) -> int:
-        """The newest sound checkpoint's step; 0 if there is none. One that lost a file, or part of one, is
-        passed over for the one before."""
-        return self._agree(
-            lambda: next((step for step in reversed(saved_steps(self._folder)) if self._sound(step)), 0)
-        )
+        """As `newest_sound`, the same on every rank."""
+        return self._agree(lambda: newest_sound(self._folder))
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Of what was saved before, waits for the end. Whole under its name when this returns, or, if
@@ -194,7 +213,7 @@ class Checkpoints:
             room = f"{free / 2**30:.1f} GiB are free there"
         except OSError:
             room = "the folder can't be reached"
-        last = max(saved_steps(self._folder), default=0)
+        last = newest_sound(self._folder)
         kept = f"goes on from step {last}" if last else "begins anew"
         return EnvironmentFailure(
             f"{self._folder}: the checkpoint of step {step} can't be written: {why} ({room}); make room, then "
@@ -214,20 +233,8 @@ class Checkpoints:
             raise outcome[1]
         return outcome[0]
 
-    def _sound(self, step: int) -> bool:
-        """Whether every byte that the metadata tells of is there."""
-        path = self._path(step)
-        try:
-            stored = dcp.FileSystemReader(path).read_metadata().storage_data
-            sizes = {
-                name: (path / name).stat().st_size for name in {one.relative_path for one in stored.values()}
-            }
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError):
-            return False
-        return all(one.offset + one.length <= sizes[one.relative_path] for one in stored.values())
-
     def _path(self, step: int) -> Path:
-        return self._folder / f"step-{step:08d}"
+        return _path(self._folder, step)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import AdamW
 
-from minitron_ray.distillation.checkpoints import Checkpoints, saved_steps, whole_weights
+from minitron_ray.distillation.checkpoints import Checkpoints, newest_sound, whole_weights
 from minitron_ray.distillation.loop import MOST_SKIPPED, Recipe, Share, Step, make_optimizer, train
 from minitron_ray.distillation.teacher import OnlineTeacher
 from minitron_ray.execution.settings import CheckpointSettings
@@ -65,8 +65,8 @@ class DistillJob:
         return f"{self.stage}-{self.candidate.id}"
 
     def saved(self) -> int:
-        """The step of the newest checkpoint, for one who is not of the group; 0 if there is none."""
-        return max(saved_steps(self.folder / "checkpoints"), default=0)
+        """The step that the next group goes on from, for one who is not of a group; 0 without a checkpoint."""
+        return newest_sound(self.folder / "checkpoints")
 
 
 def distill_worker(job: DistillJob, worker: Worker) -> dict[str, Any] | Again:

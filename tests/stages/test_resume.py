@@ -210,7 +210,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     checkpoints = cut.folder / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000008", "step-00000010"]
     part = next((checkpoints / "step-00000010").glob("*.distcp"))
+    assert cut.saved() == 10
     part.write_bytes(part.read_bytes()[:-100])
+    assert cut.saved() == 8, "what the next group has in hand"
+    error = attempt(cut, limit=part.stat().st_size // 4)["error"]
+    assert "the checkpoint of step 12 can't be written" in error and "it goes on from step 8" in error
+    assert cut.saved() == 8
     attempt(cut)
     assert curve(cut) == curve(whole)
 
