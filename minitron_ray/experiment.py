@@ -142,6 +142,9 @@ class Data(Section):
     sequence_length: Annotated[int, Field(ge=8)] = 256
     calibration: SequenceCount = 32
     validation: SequenceCount = 32
+    documents: Literal["joined", "apart"] = Field("joined", exclude_if=lambda value: value == "joined")
+    """Whether attention and loss go across the documents in a sequence, or positions begin again at each and
+    its first token is no prediction. One ends with the tokenizer's end-of-text token, also in `tokens`."""
 
 
 def _one_size(value: Any) -> Any:

@@ -7,9 +7,10 @@
         content.sha256      of the tokens, only where the text is kept in an object store: the store's digest
 
 Documents are tokenised, ended with the end-of-text token, concatenated and cut: no padding, since
-padding would count as text in every score. What does not fill the last sequence is dropped. A sequence
-is of one source. Little text is tokenised here, in one go; more of it in shards, by tasks where there are
-any, to the same bytes.
+padding would count as text in every score. Where a document begins is read off the end-of-text tokens,
+so that a store is the same whether documents are joined or apart (`weights/documents.py`). What does not
+fill the last sequence is dropped. A sequence is of one source. Little text is tokenised here, in one go;
+more of it in shards, by tasks where there are any, to the same bytes.
 """
 
 from __future__ import annotations

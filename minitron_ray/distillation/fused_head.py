@@ -154,6 +154,7 @@ def fused_head_losses(
     teacher_softcap: float | None = None,
     sparse: SparseTargets | None = None,
     vocabulary: int | None = None,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss summed over the predictions of a batch, float32 scalar, differentiable by `hidden` and `head`
     once; and that of each sequence, float32 (samples,), which is not.
@@ -162,7 +163,8 @@ def fused_head_losses(
     `teacher_hidden` and `teacher_head` the teacher's (another hidden size, the same vocabulary). Of heads
     that are padded to unlike numbers of rows the first `vocabulary` count, None for all: the others have
     no logits and no gradient.
-    Each sequence of T tokens has T - 1 predictions. The soft caps are of either model's logits.
+    Each sequence of T tokens has T - 1 predictions, of which `counted`, bool (samples, T - 1), names those
+    that have a loss; None for all. The soft caps are of either model's logits.
     `sparse` stands for the teacher in place of `teacher_hidden`: (samples, tokens - 1, slots).
     """
     head, teacher_head = common_rows(head, vocabulary), common_rows(teacher_head, vocabulary)
@@ -170,16 +172,25 @@ def fused_head_losses(
     flat_teacher = None
     if teacher_hidden is not None:
         flat_teacher = teacher_hidden[:, :-1].reshape(-1, teacher_hidden.shape[-1])
+    flat_sparse = None if sparse is None else sparse.flat()
+    labels = input_ids[:, 1:].reshape(-1)
+    if counted is not None:
+        chosen = counted.reshape(-1)
+        flat, labels = flat[chosen], labels[chosen]
+        flat_teacher = None if flat_teacher is None else flat_teacher[chosen]
+        flat_sparse = None if flat_sparse is None else flat_sparse.part(chosen)
     total, values = _FusedHead.apply(
         flat,
         head,
         flat_teacher,
         teacher_head,
-        None if sparse is None else sparse.flat(),
-        input_ids[:, 1:].reshape(-1),
+        flat_sparse,
+        labels,
         loss,
         dtype,
         softcap,
         teacher_softcap,
     )
+    if counted is not None:
+        values = values.new_zeros(counted.shape).masked_scatter_(counted, values)
     return total, values.view(len(hidden), -1).sum(-1)

@@ -29,6 +29,7 @@ from minitron_ray.distillation.sharding import begin_pass
 from minitron_ray.distillation.state_loss import Intermediate
 from minitron_ray.distillation.teacher import TeacherSignal
 from minitron_ray.weights.device import peak_memory
+from minitron_ray.weights.documents import predictions
 from minitron_ray.weights.headless import Headless
 
 MOST_SKIPPED: Final = 2
@@ -208,7 +209,10 @@ def _accumulate(
     # Every rank makes the same number of forward passes: under FSDP each is a collective.
     largest = math.ceil(len(batch) / share.world)
     starts = range(0, largest, share.micro_batch)
-    predictions = len(batch) * (recipe.sequence_length - 1)
+    count = len(batch) * (recipe.sequence_length - 1)
+    if student.separator is not None:
+        # Of all ranks' sequences, which every rank must know before its first backward pass.
+        count = predictions(torch.from_numpy(data.sequences(batch)), student.separator)
     totals = torch.zeros(3, device=share.device)
     for start in starts:
         begin_pass(student, share.device, last=start == starts[-1])
@@ -218,8 +222,8 @@ def _accumulate(
         ids = torch.from_numpy(data.sequences(indices)).to(share.device)
         terms = objective.terms(indices.tolist(), ids)
         # FSDP averages gradients over ranks; the mean over the global batch is a sum of parts.
-        (terms[0] * (weight / predictions * share.world)).backward()
-        totals += torch.stack([term.detach() for term in terms]) * (weight / predictions)
+        (terms[0] * (weight / count * share.world)).backward()
+        totals += torch.stack([term.detach() for term in terms]) * (weight / count)
     return totals
 
 

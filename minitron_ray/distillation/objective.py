@@ -19,6 +19,7 @@ from minitron_ray.distillation.state_loss import Intermediate
 from minitron_ray.distillation.targets import SparseTargets
 from minitron_ray.distillation.teacher import OnlineTeacher, TeacherSignal
 from minitron_ray.weights.device import autocast
+from minitron_ray.weights.documents import predicted
 from minitron_ray.weights.headless import Headless
 
 Terms = tuple[Tensor, Tensor, Tensor]
@@ -50,6 +51,7 @@ class Objective:
     def terms(self, indices: Sequence[int], input_ids: Tensor) -> Terms:
         """Loss, that of the logits alone, and that of the hidden states before its weight: float32 scalars,
         summed over the predictions of the sequences. The first is differentiable. 0 for no hidden states."""
+        counted = predicted(input_ids, self._student.separator)
         above, below = self._ears
         with above.open() as heard_above, below.open() as heard_below:
             targets = None
@@ -66,13 +68,14 @@ class Objective:
                 softcap=self._student.softcap,
                 teacher_softcap=self._teacher.softcap if self._teacher else None,
                 vocabulary=len(self._teacher.head) if self._teacher else None,
+                counted=counted,
             )
 
             def use(hidden: Tensor, head: Tensor) -> Terms:
                 total, each = head_loss(hidden, head)
                 if self._intermediate is None:
                     return total, each.sum(), each.new_zeros(())
-                states = self._states(heard_above, heard_below)
+                states = self._states(heard_above, heard_below, counted)
                 weight = self._intermediate.weight
                 # A student that agrees already has nothing to learn here.
                 alpha = (
@@ -84,7 +87,7 @@ class Objective:
             with autocast(input_ids.device, self._dtype):
                 return self._student(input_ids, use)
 
-    def _states(self, above: dict[str, Tensor], below: dict[str, Tensor]) -> Tensor:
+    def _states(self, above: dict[str, Tensor], below: dict[str, Tensor], counted: Tensor | None) -> Tensor:
         """L_is of each sequence, summed over pairs and predictions, float32 (samples,)."""
         assert self._intermediate is not None
         lift: Callable[[Tensor], Tensor] = self._student.projection or nn.Identity()
@@ -93,7 +96,8 @@ class Objective:
             # The last position predicts nothing.
             own, others = lift(below[pair.student][:, :-1]), above[pair.teacher][:, :-1]
             with torch.autocast(own.device.type, enabled=False):
-                value = pair.value(own, others).sum(-1)
+                values = pair.value(own, others)
+                value = (values if counted is None else values * counted).sum(-1)
             total = value if total is None else total + value
         assert total is not None
         return total

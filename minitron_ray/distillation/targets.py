@@ -33,8 +33,8 @@ class SparseTargets:
             entropy=None if self.entropy is None else self.entropy.flatten(),
         )
 
-    def part(self, tokens: slice) -> SparseTargets:
-        """Some of the tokens of `flat`."""
+    def part(self, tokens: slice | Tensor) -> SparseTargets:
+        """Some of the tokens of `flat`: a slice, or bool (tokens,)."""
         return SparseTargets(
             ids=self.ids[tokens],
             probabilities=self.probabilities[tokens],

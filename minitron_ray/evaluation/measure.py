@@ -14,13 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minitron_ray.weights.device import autocast
+from minitron_ray.weights.documents import predicted
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.vocabulary import sequence_scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Of each sequence, nats a token, float64 (sequences,): cross entropy, and KL(teacher || subject)."""
+    """Of each sequence, nats a token, float64 (sequences,): cross entropy, and KL(teacher || subject).
+
+    Their means give every sequence the same weight, also where documents that begin in it leave it with a
+    few predictions less than another.
+    """
 
     losses: NDArray
     divergences: NDArray | None
@@ -64,13 +69,14 @@ def measure(
     teacher_head: Tensor | None = None,
     teacher_softcap: float | None = None,
     vocabulary: int | None = None,
+    separator: int | None = None,
     rank: int = 0,
     world: int = 1,
     progress: Callable[[int], None] = lambda sequences: None,
 ) -> Measurement:
     """Measure `subject` on `sequences`, int64 (n, tokens), named `indices` to the teacher; where it is
     None, the teacher itself by what it gives for `teacher_hidden`. Distributions are over the first
-    `vocabulary` rows of the LM heads, None for all.
+    `vocabulary` rows of the LM heads, None for all. `separator` is what `subject` and teacher have.
 
     With `world` > 1 every rank must call; each takes its share, and all get the whole result.
     """
@@ -99,6 +105,7 @@ def measure(
             softcap=teacher_softcap if subject is None else subject.softcap,
             teacher_softcap=teacher_softcap,
             vocabulary=vocabulary,
+            counted=predicted(ids, separator),
         )
         with torch.no_grad(), autocast(device, dtype):
             if subject is None:

@@ -28,6 +28,8 @@ class Batch:
 
     ids: NDArray
     notes: Any = None
+    separator: int | None = None
+    """As in `Headless`; None for rows that are one text each."""
 
 
 class Examples(Protocol):
@@ -46,12 +48,15 @@ class Sequences:
     read: Callable[[NDArray], NDArray]
     """Token ids, int64 (n, tokens), of the sequences with these numbers; `TokenStore.sequences`."""
     indices: tuple[int, ...]
+    separator: int | None = None
+    """The id that ends a document, where documents are apart."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def batch(self, start: int, stop: int) -> Batch:
-        return Batch(ids=self.read(np.asarray(self.indices[start:stop], dtype=np.int64)))
+        ids = self.read(np.asarray(self.indices[start:stop], dtype=np.int64))
+        return Batch(ids=ids, separator=self.separator)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

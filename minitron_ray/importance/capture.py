@@ -124,8 +124,10 @@ def gather_streamed(
     read: Read,
     progress: Progress,
     folder: Path | None,
+    separator: int | None = None,
 ) -> list[Evidence]:
     """The same evidence, layer by layer. `folder` takes the hidden states; None keeps them in memory.
+    `separator` as in `Headless`.
 
     Raises as `gather` does, at the first layer where activations are not finite.
     """
@@ -133,21 +135,29 @@ def gather_streamed(
     work = [(evidence, batch) for evidence, group in zip(found, groups, strict=True) for batch in group]
     lengths = found[0].stream.lengths if found[0].stream is not None else (1,)
     sequences = sum(len(batch) for _, batch in work)
+
+    def started(batch: NDArray) -> State:
+        return teacher.start(torch.from_numpy(read(batch)).to(teacher.device), separator)
+
     with Activations(len(work), lengths[-1], folder) as streams:
         states: dict[tuple[int, ...], State] = {}
         for number, (_, batch) in enumerate(work):
-            state = teacher.start(torch.from_numpy(read(batch)).to(teacher.device))
+            state = started(batch)
             streams.put(0, number, state.hidden)
-            # Sequences are packed, not padded: how a layer is called depends on a batch's shape alone.
-            states.setdefault(tuple(state.hidden.shape[:2]), replace(state, hidden=state.hidden.new_empty(0)))
+            # Sequences are packed, not padded: how a layer is called depends on a batch's shape alone. Not
+            # where documents are apart; of masks only one batch's are held then, made again for every layer.
+            if separator is None:
+                kept = replace(state, hidden=state.hidden.new_empty(0))
+                states.setdefault(tuple(state.hidden.shape[:2]), kept)
         for layer in range(teacher.layers):
             for number, (evidence, batch) in enumerate(work):
                 before = streams.get(layer, number, teacher.device)
+                state = states.get(tuple(before.shape[:2])) or started(batch)
                 with ExitStack() as stack:
                     if evidence.layers:
                         sites, block = evidence.layers[layer], teacher.module(layer)
                         stack.enter_context(ears.at(sites, block, layer, len(batch)))
-                    after = teacher.apply(layer, before, states[tuple(before.shape[:2])])
+                    after = teacher.apply(layer, before, state)
                 if evidence.stream is not None:
                     _pair_up(evidence.stream, streams, number, layer + 1, after)
                 streams.put(layer + 1, number, after)

@@ -80,7 +80,7 @@ class _Batch:
 
     def __init__(self, network: Layerwise, batch: Batch, sets: int) -> None:
         self._network, self._batch = network, batch
-        state = network.start(torch.from_numpy(batch.ids).to(network.device))
+        state = network.start(torch.from_numpy(batch.ids).to(network.device), batch.separator)
         self._state: State = state
         self._streams = [_Stream(state.hidden, list(range(sets)))]
 

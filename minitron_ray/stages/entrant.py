@@ -90,10 +90,10 @@ class Bench:
         if entrant.origin == "scratch":
             config = setting.student_config(candidate, self.scores)
             if self.group is None:
-                student = Headless(initialized(config, seed=seed, device=share.device))
+                student = setting.headless(initialized(config, seed=seed, device=share.device))
                 setting.lift(student, section, candidate, None)
                 return student
-            student = Headless(initialized(config, seed=seed))
+            student = setting.headless(initialized(config, seed=seed))
             setting.lift(student, section, candidate, None)
             layers = student.model.get_submodule(setting.family.decoder_layers)
             setting.sharding(share).whole(student, layers.children())

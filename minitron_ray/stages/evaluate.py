@@ -26,6 +26,7 @@ from minitron_ray.stages.context import Context
 from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.checkpoint import Checkpoint
+from minitron_ray.weights.documents import predictions
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import build
 
@@ -49,7 +50,9 @@ class Subject:
             assert self.scores is not None
             return setting.student(self.candidate, self.scores, share.device, trainable=False)
         checkpoint = Checkpoint(self.folder)
-        return Headless(build(checkpoint.config, checkpoint, dtype=torch.float32, device=share.device))
+        return setting.headless(
+            build(checkpoint.config, checkpoint, dtype=torch.float32, device=share.device)
+        )
 
 
 def run(
@@ -163,7 +166,8 @@ def figures(
     subject: str, phase: str, measurement: Measurement, setting: Setting, distill_tokens: int
 ) -> list[dict[str, Any]]:
     """Rows of `evaluations`, of a measurement on all validation sequences."""
-    predictions = len(setting.splits.validation) * (setting.experiment.data.sequence_length - 1)
+    ids = torch.from_numpy(setting.tokens().sequences(setting.splits.validation))
+    count = predictions(ids, setting.separator)
     values = [
         ("val_loss", measurement.loss, measurement.stderr),
         # The error of exp(x) to first order.
@@ -180,7 +184,7 @@ def figures(
             "value": value,
             "stderr": None if math.isnan(error) else error,
             "sequences": len(measurement.losses),
-            "tokens": predictions,
+            "tokens": count,
             "distill_tokens": distill_tokens,
         }
         for metric, value, error in values

@@ -63,6 +63,8 @@ def model_card(facts: CardFacts) -> str:
         else f"{facts.perplexity:.2f} (as cut {facts.perplexity_cut:.2f})"
     )
     text = "distillation text" if experiment.distill is not None else "calibration text"
+    if experiment.data.documents == "apart":
+        text += ", each document by itself"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

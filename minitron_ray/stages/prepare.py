@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from minitron_ray.core.events import EventBus
+from minitron_ray.core.fingerprint import digest
 from minitron_ray.core.units import format_count
 from minitron_ray.data.shards import Spread
 from minitron_ray.data.splits import Splits, split
-from minitron_ray.data.tokenizer import check_same_tokenizer
+from minitron_ray.data.tokenizer import check_same_tokenizer, load_tokenizer
 from minitron_ray.data.tokens import TokenStore, build_tokens
 from minitron_ray.distillation.engine import Engine
 from minitron_ray.execution.stop import StopSignal
@@ -85,10 +86,11 @@ def prepare(
     tokens = _tokens(experiment, base, cache, events, stop, folder, spread)
     splits = split_tokens(experiment, tokens)
     stop.check()
+    separator = load_tokenizer(folder).separator if experiment.data.documents == "apart" else None
     measured = experiment.importance.depth.inputs(base)
     inputs = Inputs(
         teacher=checkpoint.digest(),
-        data=tokens.digest,
+        data=tokens.digest if separator is None else digest([tokens.digest, {"apart": separator}]),
         start=None if start is None else start.digest,
         depth=measured,
     )
@@ -110,6 +112,7 @@ def prepare(
             splits=splits,
             micro_batch=micro_batch,
             start_folder=None if start is None else start.folder,
+            separator=separator,
             engine=engine or Engine(),
         ),
         config=checkpoint.config,

@@ -112,7 +112,11 @@ class Scorer:
         """The scores of layers by block length, from runs of the teacher without them; `fewest` is the
         least that a student keeps."""
         setting = self.work.setting
-        sequences = Sequences(read=setting.tokens().sequences, indices=tuple(setting.splits.calibration))
+        sequences = Sequences(
+            read=setting.tokens().sequences,
+            indices=tuple(setting.splits.calibration),
+            separator=setting.separator,
+        )
         material = Material(calibration=sequences, teacher=setting.teacher_folder, base=self.base)
         examples = metric.examples(material)
         size = setting.micro_batch
@@ -153,7 +157,7 @@ def hear(groups: list[Group], work: Work, ears: Listeners, report: Callable[...,
     positions = 1 + max(ears.depth.blocks, default=0) if ears.depth is not None else 1
     model = StreamedLayerwise(setting.checkpoint, dtype=share.dtype, device=share.device)
     folder = work.streams_folder(sequences, positions)
-    return gather_streamed(model, ears, groups, read, progress, folder)
+    return gather_streamed(model, ears, groups, read, progress, folder, setting.separator)
 
 
 def remove(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import build
 from minitron_ray.weights.surgery import cut
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
@@ -51,6 +54,8 @@ class Setting:
     micro_batch: int
     start_folder: Path | None = None
     """Of the model that is cut; None where that is the teacher."""
+    separator: int | None = None
+    """The id that ends a document, where documents are apart; None where they are joined."""
     engine: Engine = field(default_factory=Engine)
 
     @property
@@ -102,7 +107,11 @@ class Setting:
 
     def _whole(self, checkpoint: Checkpoint, share: Share) -> Headless:
         model = build(checkpoint.config, checkpoint, dtype=share.dtype, device=share.device, trainable=False)
-        return Headless(model.eval())
+        return self.headless(model.eval())
+
+    def headless(self, model: PreTrainedModel) -> Headless:
+        """A model as it runs over packed sequences here."""
+        return Headless(model, self.separator)
 
     def online_teacher(self, share: Share) -> OnlineTeacher:
         """The teacher as it runs beside students. Of several ranks all must call: it is spread over them
@@ -113,7 +122,7 @@ class Setting:
         model = build(
             checkpoint.config, checkpoint, dtype=share.dtype, device=share.device, each_layer=sharding.layer
         )
-        teacher = Headless(model)
+        teacher = self.headless(model)
         head = teacher.head
         assert isinstance(head, torch.nn.Parameter)
         sharding.rest(teacher, head)
@@ -141,7 +150,7 @@ class Setting:
         config, tensors = self.cut(candidate, scores, torch.float32)
         # Compiling takes longer than a trial, and each shape would have to be.
         engine = replace(self.engine, compiled=False)
-        return Headless(
+        return self.headless(
             build(
                 config,
                 tensors,
@@ -160,7 +169,7 @@ class Setting:
         `section` needs."""
         config, tensors = self.cut(candidate, scores, torch.float32)
         sharding = self.sharding(share)
-        student = Headless(
+        student = self.headless(
             build(
                 config,
                 tensors,
@@ -290,6 +299,7 @@ class Setting:
             teacher_head=teacher.head if teacher else None,
             teacher_softcap=teacher.softcap if teacher else None,
             vocabulary=self.vocabulary,
+            separator=self.separator,
             rank=share.rank,
             world=share.world,
             progress=progress,

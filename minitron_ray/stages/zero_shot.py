@@ -21,7 +21,6 @@ from minitron_ray.stages.context import Context
 from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.scoring import shares
 from minitron_ray.stages.setting import Setting
-from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import build
 
 Item = TypeVar("Item")
@@ -90,7 +89,8 @@ def score(
     share = setting.share()
     for done, candidate in enumerate(candidates, start=1):
         config, tensors = setting.cut(candidate, scores, share.dtype)
-        cut = Headless(build(config, tensors, dtype=share.dtype, device=share.device, trainable=False))
+        model = build(config, tensors, dtype=share.dtype, device=share.device, trainable=False)
+        cut = setting.headless(model)
         loss = setting.measure(cut, share, first=sequences).loss
         row = {
             "candidate_id": candidate.id,

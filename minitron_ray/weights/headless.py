@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor, nn
 
 from minitron_ray.models.families import family_of
+from minitron_ray.weights.documents import positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,11 +23,14 @@ Result = TypeVar("Result")
 
 
 class Headless(nn.Module):
-    """Wraps a `*ForCausalLM`; `model.base_model` is the body and the output embedding the head."""
+    """Wraps a `*ForCausalLM`; `model.base_model` is the body and the output embedding the head.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    With a `separator`, the id that ends a document, every document of a sequence is seen by itself.
+    """
+
+    def __init__(self, model: PreTrainedModel, separator: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.separator = model, separator
         self.projection: nn.Linear | None = None
         """Lifts hidden states to the teacher's width where both are compared; no part of the model."""
 
@@ -50,7 +54,9 @@ class Headless(nn.Module):
 
     def forward(self, input_ids: Tensor, use: Callable[[Tensor, Tensor], Result]) -> Result:
         """`use(hidden, head)` on the final hidden states (samples, tokens, hidden) of `input_ids` (samples, tokens)."""
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        places = positions(input_ids, self.separator)
+        body = self.model.base_model
+        hidden = body(input_ids=input_ids, position_ids=places, use_cache=False).last_hidden_state
         return use(hidden, self.head)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from minitron_ray.models.families import family_of
 from minitron_ray.models.family import Family
 from minitron_ray.weights.checkpoint import Checkpoint
+from minitron_ray.weights.documents import positions
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import skeleton, stacked
 
@@ -41,7 +42,7 @@ class Call(NamedTuple):
 class State:
     """A batch before its first layer: hidden states (samples, tokens, hidden), and each layer's call.
 
-    Good for this batch only: masks may have its number of samples.
+    Good for this batch only: masks may have its number of samples, or show where its documents begin.
     """
 
     hidden: Tensor
@@ -93,10 +94,12 @@ class Layerwise:
         return self._blocks[layer]
 
     @torch.no_grad()
-    def start(self, ids: Tensor) -> State:
-        """A batch before its first layer; `ids` int64 (samples, tokens) on `device`."""
+    def start(self, ids: Tensor, separator: int | None = None) -> State:
+        """A batch before its first layer; `ids` int64 (samples, tokens) on `device`, `separator` as in
+        `Headless`."""
         self._calls.clear()
-        hidden = self._before(input_ids=ids, use_cache=False).last_hidden_state
+        places = positions(ids, separator)
+        hidden = self._before(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
         assert len(self._calls) == self.layers
         return State(hidden=hidden, calls=tuple(self._calls))
 

@@ -51,14 +51,16 @@ def sequence_scores(
     softcap: float | None = None,
     teacher_softcap: float | None = None,
     vocabulary: int | None = None,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross entropy and KL(teacher || student) of each sequence, nats a token, float64 (samples,).
 
     `hidden` is (samples, tokens, hidden); the last position predicts nothing and is left out, so a
     sequence of T tokens has T - 1 predictions. Logits are computed in `dtype`, capped and compared in
-    float32, over the first `vocabulary` rows of either head (None: all).
+    float32, over the first `vocabulary` rows of either head (None: all). Of the predictions those count
+    that `counted` names, bool (samples, tokens - 1), at least one of each sequence; None for all.
     """
-    samples, tokens, _ = hidden.shape
+    samples = len(hidden)
     head, teacher_head = common_rows(head, vocabulary).to(dtype), common_rows(teacher_head, vocabulary)
     teacher_head = None if teacher_head is None else teacher_head.to(dtype)
     losses = torch.empty(samples, dtype=torch.float64)
@@ -66,16 +68,19 @@ def sequence_scores(
     with torch.autocast(hidden.device.type, enabled=False):
         for sample in range(samples):
             loss = divergence = 0.0
-            for part in chunks(tokens - 1, len(head), hidden.device):
-                labels = input_ids[sample, 1:][part, None]
-                logits = (hidden[sample, :-1][part].to(dtype) @ head.T).float()
+            here = slice(None) if counted is None else counted[sample]
+            targets, states = input_ids[sample, 1:][here], hidden[sample, :-1][here]
+            others = None if teacher_hidden is None else teacher_hidden[sample, :-1][here]
+            for part in chunks(len(targets), len(head), hidden.device):
+                labels = targets[part, None]
+                logits = (states[part].to(dtype) @ head.T).float()
                 log_student = capped(logits, softcap).log_softmax(-1)
                 loss -= log_student.gather(-1, labels).double().sum().item()
-                if teacher_hidden is not None and teacher_head is not None:
-                    logits = teacher_hidden[sample, :-1][part].to(dtype) @ teacher_head.T
+                if others is not None and teacher_head is not None:
+                    logits = others[part].to(dtype) @ teacher_head.T
                     log_teacher = capped(logits.float(), teacher_softcap).log_softmax(-1)
                     divergence += (log_teacher.exp() * (log_teacher - log_student)).sum().item()
-            losses[sample] = loss / (tokens - 1)
+            losses[sample] = loss / len(targets)
             if divergences is not None:
-                divergences[sample] = divergence / (tokens - 1)
+                divergences[sample] = divergence / len(targets)
     return losses, divergences

@@ -53,8 +53,9 @@ class Teacher:
     def network(self) -> Layerwise:
         return Layerwise(build(self.config, self.tensors), family_of(self.config))
 
-    def batches(self, size: int = 4) -> list[Batch]:
-        return [Batch(ids=self.ids[start : start + size]) for start in range(0, len(self.ids), size)]
+    def batches(self, size: int = 4, separator: int | None = None) -> list[Batch]:
+        rows = (self.ids[start : start + size] for start in range(0, len(self.ids), size))
+        return [Batch(ids=ids, separator=separator) for ids in rows]
 
     def without(self, removed: Sequence[int]) -> Any:
         """The model that `cut` makes of the other layers."""
@@ -70,14 +71,15 @@ class Teacher:
         student = cut(self.tensors, family, arch, kept)
         return build(family.student_config(self.config, kept.architecture(arch), kept), student)
 
-    def losses_without(self, removed: Sequence[int]) -> NDArray:
+    def losses_without(self, removed: Sequence[int], separator: int | None = None) -> NDArray:
         measured = measure(
-            Headless(self.without(removed)),
+            Headless(self.without(removed), separator),
             self.ids,
             range(len(self.ids)),
             dtype=torch.float32,
             device=torch.device("cpu"),
             batch=4,
+            separator=separator,
         )
         return measured.losses
 
@@ -105,6 +107,23 @@ def test_the_loss_without_layers_is_that_of_the_cut_model(teacher: Teacher) -> N
     values = removal_values(teacher.network(), teacher.batches(), Perplexity(), removals)
     expected = np.stack([teacher.losses_without(removed) for removed in [(), *removals]])
     np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+def test_documents_are_apart_with_and_without_layers(teacher: Teacher) -> None:
+    separator = int(teacher.ids[0, 9])
+    batches = teacher.batches(separator=separator)
+    values = removal_values(teacher.network(), batches, Perplexity(), SINGLES)
+    expected = np.stack([teacher.losses_without(removed, separator) for removed in ((), *SINGLES)])
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+    guesses = removal_values(teacher.network(), batches, OnTask(task=Accuracy()), SINGLES)
+    model, row = teacher.without((1,)), teacher.ids[0]
+    right: list[bool] = []
+    for part in np.split(row, np.flatnonzero(row == separator) + 1):
+        if len(part) > 1:
+            found = model(input_ids=torch.from_numpy(part)[None]).logits[0, :-1].argmax(-1).numpy()
+            right += (found == part[1:]).tolist()
+    assert len(right) < len(row) - 1
+    assert guesses[2, 0] == np.mean(right)
 
 
 def test_scores_are_what_the_layers_are_worth(teacher: Teacher) -> None:

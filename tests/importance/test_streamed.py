@@ -50,8 +50,10 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(values, other[name], err_msg=name)
 
 
-def resident(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, np.ndarray]:
-    model = Headless(build(case.config, case.weights, dtype=dtype))
+def resident(
+    case: Case, dtype: torch.dtype = torch.float32, separator: int | None = None
+) -> dict[str, np.ndarray]:
+    model = Headless(build(case.config, case.weights, dtype=dtype), separator)
     listeners, groups = ears(case), grouped(range(len(IDS)), 2)
     found = gather(model, listeners, groups, IDS.__getitem__, lambda done: None)
     return table(listeners, merged(found))
@@ -74,6 +76,18 @@ def test_a_streamed_teacher_scores_as_a_resident_one(name: str, on_disk: bool, t
     same(table(listeners, merged(found)), resident(case))
     assert told == sorted(told) and told[-1] == len(IDS)
     assert scratch is None or not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_documents_are_apart_in_a_streamed_teacher_as_in_a_resident_one(name: str, tmp_path: Path) -> None:
+    case, separator = Case.of(name), int(IDS[0, 5])
+    listeners, groups = ears(case), grouped(range(len(IDS)), 2)
+    found = gather_streamed(
+        saved(case, tmp_path), listeners, groups, IDS.__getitem__, lambda done: None, None, separator
+    )
+    whole, apart = resident(case), resident(case, separator=separator)
+    same(table(listeners, merged(found)), apart)
+    assert all(not np.array_equal(whole[axis], values) for axis, values in apart.items() if "mean" in axis)
 
 
 def test_bfloat16_streams_keep_their_bits(tmp_path: Path) -> None:

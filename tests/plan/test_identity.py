@@ -84,6 +84,18 @@ def test_another_text_or_teacher_changes_every_stage(marks: Any) -> None:
         assert differing(marks(), marks(inputs=inputs)) == set(marks())
 
 
+def test_documents_apart_are_another_experiment_and_joined_ones_the_one_they_were(
+    make_tiny_plan: MakePlan,
+) -> None:
+    """What decides the stages' results is in the digest of the text, see `prepare`."""
+    plain, joined, apart = (
+        make_tiny_plan(SHAPE, *overrides)
+        for overrides in ((), ("data.documents=joined",), ("data.documents=apart",))
+    )
+    assert "documents" not in plain.experiment.model_dump(mode="json")["data"]
+    assert run_fingerprint(joined, FOUND) == run_fingerprint(plain, FOUND) != run_fingerprint(apart, FOUND)
+
+
 def test_iterative_importance_is_another_for_each_shape(marks: Any) -> None:
     rounds = "importance.iterations=2"
     assert "importance" in differing(marks(rounds), marks(rounds, "shape.layers=2"))

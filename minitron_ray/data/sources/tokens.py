@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 class Tokens(TokenSource):
-    """Rows of token ids, used as they stand and in file order, each of `sequence_length` tokens."""
+    """Rows of token ids, used as they stand and in file order, each of `sequence_length` tokens.
+
+    Every token counts as text: rows are not to be padded. With `data.documents: apart` they end documents with the
+    tokenizer's end-of-text token; padding with it is then in no loss, but still in the scores of activations.
+    """
 
     kind: Literal["tokens"] = "tokens"
     path: Annotated[str, Field(min_length=1)]

@@ -26,11 +26,16 @@ class Accuracy(Task):
     def values(self, hidden: Tensor, batch: Batch, head: Tensor, softcap: float | None = None) -> NDArray:
         import torch
 
+        from minitron_ray.weights.documents import predicted
         from minitron_ray.weights.vocabulary import chunk_logits, chunks
 
         # A soft cap is monotone and changes no ranking.
-        inputs, labels = hidden[:, :-1].flatten(0, 1), torch.from_numpy(batch.ids)[:, 1:].to(hidden.device)
+        ids = torch.from_numpy(batch.ids).to(hidden.device)
+        inputs, labels = hidden[:, :-1].flatten(0, 1), ids[:, 1:]
         parts = chunks(len(inputs), len(head), inputs.device)
         best = torch.cat([chunk_logits(inputs[part], head).argmax(-1) for part in parts])
-        result: NDArray = best.view(labels.shape).eq(labels).double().mean(1).cpu().numpy()
+        right = best.view(labels.shape).eq(labels).double()
+        counted = predicted(ids, batch.separator)
+        share = right.mean(1) if counted is None else (right * counted).sum(1) / counted.sum(1)
+        result: NDArray = share.cpu().numpy()
         return result

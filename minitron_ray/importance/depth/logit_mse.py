@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class LogitMSE(RemovalMetric):
     """Mean squared difference of the whole network's logits and those without the layers, on the
-    calibration sequences; needs no labels."""
+    calibration sequences; needs no labels, so that all positions count, whether documents are apart or not."""
 
     kind: Literal["logit_mse"] = "logit_mse"
     normalised: bool = False

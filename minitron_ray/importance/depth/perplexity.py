@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from minitron_ray.importance.metric import RemovalMetric
@@ -32,10 +33,19 @@ class Perplexity(RemovalMetric):
         import numpy as np
         import torch
 
+        from minitron_ray.weights.documents import predicted
         from minitron_ray.weights.vocabulary import sequence_scores
 
         ids = torch.from_numpy(batch.ids).to(head.device)
-        scores = (sequence_scores(hidden, head, ids, dtype=head.dtype, softcap=softcap) for hidden in outputs)
+        score = partial(
+            sequence_scores,
+            head=head,
+            input_ids=ids,
+            dtype=head.dtype,
+            softcap=softcap,
+            counted=predicted(ids, batch.separator),
+        )
+        scores = (score(hidden) for hidden in outputs)
         return np.stack([losses.numpy() for losses, _ in scores])
 
     def reduce(self, values: NDArray) -> NDArray:
