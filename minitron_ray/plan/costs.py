@@ -225,8 +225,12 @@ class _Costs:
         if search.halving is None and not group:
             return 0
         cohorts = cohorts_at_rungs(self.experiment, self.trials, len(self.feasible))
-        kept = GROUP_CHECKPOINTS if group else TRIAL_CHECKPOINTS
-        return most_checkpoints(cohorts, kept, keep_stopped=search.keep == "ties")
+        return most_checkpoints(cohorts, self._kept_checkpoints, keep_stopped=search.keep == "ties")
+
+    @property
+    def _kept_checkpoints(self) -> int:
+        """Of one trial."""
+        return GROUP_CHECKPOINTS if self.layout.trial_workers > 1 else TRIAL_CHECKPOINTS
 
     def _baselines(self) -> StageCost:
         """At most: what the search has trained to the end is not trained again."""
@@ -239,6 +243,10 @@ class _Costs:
             each * self._trained(arch, search.retrain) + (len(self.rungs) + 1) * self._measured(arch)
             for arch in students
         )
+        at_once = [count] * len(
+            self.rungs
+        )  # each goes from rung to rung by itself, at most all of them at a time
+        waiting = most_checkpoints([at_once], self._kept_checkpoints, keep_stopped=False)
         named = [f"{lot} by lot" if name == "random" else name for name in search.baselines]
         return StageCost(
             stage="baselines",
@@ -246,6 +254,7 @@ class _Costs:
             tokens=count * each,
             flops=flops + sum(self._measured(arch) for arch in self.students[:scored]),
             memory_bytes=self._trial_bytes,
+            disk_bytes=CHECKPOINT_BYTES * self.family.parameters(self.largest) * waiting,
         )
 
     def _distill(self) -> StageCost:

@@ -148,7 +148,7 @@ def _disk(stage: str, run: RunInfo) -> int | None:
     if stage == "export":
         sizes = [size for size in run.store.read("exports")["bytes"].to_pylist() if size is not None]
         return sum(sizes) if sizes else None
-    folder = {"search": "trials", "distill": "checkpoints"}.get(stage)
+    folder = {"search": "trials", "baselines": "baselines", "distill": "checkpoints"}.get(stage)
     if folder is None or not (run.folder / folder).is_dir():
         return None
     return _size(run.folder / folder)

@@ -1,13 +1,14 @@
 """Stage `baselines`: what the search's winner is compared with, trained as its trials were.
 
 Rows go to `trials` under their origin, and to `sequence_losses` as phase `baseline` of the subject
-`<origin>:<candidate id>`. A worker writes each rung as it is measured, so that after a kill only what
-was in training is trained again. A shape cut by importance that the search, or another baseline, has
-trained to the end is the same student: its rows are copied.
+`<origin>:<candidate id>`. A worker writes each rung as it is measured and keeps the state there, as a trial
+does, so that after a kill what was in training goes on from its last rung. A shape cut by importance that
+the search, or another baseline, has trained to the end is the same student: its rows are copied.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ def run(
         scores=read_scores(context),
         signal=Path(signal) if signal else None,
         store=context.run.store,
+        states=(context.run.folder / "baselines").resolve(),
         group=context.cluster.trial_group(),
     )
     forget_other_winners(plan, bench, winner)
@@ -48,6 +50,7 @@ def run(
         _spread(context, train_entrant, missing, bench, len(missing) * bench.tokens)
     for entrant in copies:
         _copy(bench, entrant)
+    shutil.rmtree(bench.states, ignore_errors=True)  # of another winner's, too
     return _outcome(bench.store, entrants, winner)
 
 

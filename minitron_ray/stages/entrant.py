@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from minitron_ray.search.baselines import Baseline
 from minitron_ray.search.space import CandidateRow
 from minitron_ray.stages.setting import Setting
 from minitron_ray.stages.trial import RungResult, retrain, told_of_memory
+from minitron_ray.stages.trial_state import FileState, ShardedState, TrialState
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import initialized
 
@@ -73,6 +75,8 @@ class Bench:
     signal: Path | None
     """Folder of the teacher's stored signal; None runs the teacher beside each student."""
     store: Store
+    states: Path
+    """Holds a folder an entrant in training, with its state at the last rung; every node must see it."""
     group: GroupSize | None = None
     """The processes that share a student, as those of a search trial do; None where one trains it."""
 
@@ -114,6 +118,15 @@ class Bench:
         setting = self.setting
         return setting.stored_teacher(self.signal, share) if self.signal else setting.online_teacher(share)
 
+    def state(self, entrant: Entrant, rank: int) -> TrialState:
+        """What an entrant's training goes on from after a kill."""
+        folder = self.folder(entrant)
+        return FileState(folder / "rung.pt") if self.group is None else ShardedState(folder, rank)
+
+    def folder(self, entrant: Entrant) -> Path:
+        """Of its state."""
+        return self.states / entrant.writer
+
     def write(self, entrant: Entrant, row: Row) -> None:
         """A row of `trials`; it replaces that of the same rung."""
         self.store.append("trials", [row], writer=entrant.writer, sequence=row["rung"])
@@ -137,7 +150,8 @@ class Bench:
         return max(rows, key=lambda row: int(row["rung"]), default=None)
 
     def clear(self, entrant: Entrant) -> None:
-        """Drops the rows of an attempt that did not come to its end."""
+        """Drops the rows of an attempt that did not come to its end. Those of the rungs that its state holds
+        are written again."""
         for table in ("trials", "sequence_losses"):
             self.store.remove(table, entrant.writer)
 
@@ -176,7 +190,8 @@ def _scored(entrant: Entrant, bench: Bench, share: Share) -> float:
 
 
 def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Callable[..., None]) -> None:
-    """In a worker: train one student and write its rows. One that cannot be trained ends as failed."""
+    """In a worker: train one student and write its rows, from the last rung of an attempt that was killed.
+    One that cannot be trained ends as failed."""
     bench.clear(entrant)
     name = entrant.subject
     report("trial_started", candidate_id=name, shape=entrant.text, parameters=entrant.shape.parameters)
@@ -191,6 +206,7 @@ def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Callable[.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         last = bench.last(entrant) or entrant.trial_row(0, "failed")
         bench.write(entrant, last | {"status": "failed", "final": True, "reason": reason})
+    shutil.rmtree(bench.folder(entrant), ignore_errors=True)
     row = bench.last(entrant)
     assert row is not None
     report(
@@ -212,7 +228,7 @@ def train_in_group(job: tuple[Entrant, Bench, int], worker: Worker) -> None:
 
 
 def _train(entrant: Entrant, bench: Bench, total: int, share: Share, report: Callable[..., None]) -> None:
-    """Writes a row at every rung."""
+    """Writes a row at every rung, those that an earlier attempt passed included."""
     setting = bench.setting
     first, rungs = setting.splits.validation.start, itertools.count()
 
@@ -242,4 +258,12 @@ def _train(entrant: Entrant, bench: Bench, total: int, share: Share, report: Cal
         )
 
     student = bench.student(entrant, share)
-    retrain(setting, student, bench.teacher(share), share, on_rung=on_rung, on_step=on_step)
+    retrain(
+        setting,
+        student,
+        bench.teacher(share),
+        share,
+        on_rung=on_rung,
+        on_step=on_step,
+        resume=bench.state(entrant, share.rank),
+    )

@@ -186,7 +186,11 @@ def test_zero_shot_and_baselines() -> None:
     )
     assert stage(plan, "zero_shot").tokens == 5 * 2 * 256
     spent = stage(plan, "search").tokens
-    assert stage(plan, "baselines").tokens == (-(-spent // 16384) + 1) * 16384
+    trained = -(-spent // 16384) + 1
+    assert stage(plan, "baselines").tokens == trained * 16384
+    # Two of three rungs leave a state of weights and moments; beside the first the second is being written.
+    largest = max(row.parameters for row in plan.feasible)
+    assert stage(plan, "baselines").disk_bytes == 2 * trained * 12 * largest
 
 
 def test_thousands_of_shapes_are_costed_at_once() -> None:

@@ -39,11 +39,27 @@ from minitron_ray.stages.trial import Objective
 FIGURES = ("tokens", "val_loss", "val_divergence", "train_loss", "final", "status")
 
 
+class Killed(BaseException):
+    """What no handler of errors takes for one, as the end of a process."""
+
+
 class Told(list[tuple[str, dict[str, Any]]]):
-    """Events in the order in which a worker reports them; it is never asked to stop."""
+    """Events in the order in which a worker reports them; it is never asked to stop. Behind the step that ends
+    at so many tokens the worker is killed."""
+
+    def __init__(self, killed_at: int | None = None) -> None:
+        super().__init__()
+        self._killed_at = killed_at
 
     def __call__(self, kind: str, **fields: Any) -> None:
         self.append((kind, fields))
+        if kind == "stage_progress" and fields["done"] == self._killed_at:
+            raise Killed
+
+    @property
+    def steps(self) -> list[int]:
+        """The tokens at which optimizer steps ended."""
+        return [fields["done"] for kind, fields in self if kind == "stage_progress"]
 
     def stop_requested(self) -> bool:
         return False
@@ -75,7 +91,8 @@ search:
     scores = control_scores("random", 0, setting.checkpoint, setting.family, setting.architecture)
     shapes = {row.candidate.shape_text(): row for row in make_plan(experiment, ready.config).feasible}
     store = Store(tmp_path / "run", "x", "1")
-    return Bench(setting=setting, scores=scores, signal=None, store=store), shapes
+    states = tmp_path / "states"
+    return Bench(setting=setting, scores=scores, signal=None, store=store, states=states), shapes
 
 
 @pytest.fixture
@@ -118,8 +135,7 @@ def test_a_shape_cut_by_importance_gets_what_its_trial_gets(bench: tuple[Bench, 
     assert losses_of(bench_, name) == expected
     kinds = [kind for kind, _ in told]
     assert kinds[0] == "trial_started" and kinds[-1] == "trial_finished"
-    steps = [fields["done"] for kind, fields in told if kind == "stage_progress"]
-    assert steps == list(range(128, 1025, 128))
+    assert told.steps == list(range(128, 1025, 128))
     assert told[-1][1]["val_loss"] == rows[-1]["val_loss"] and told[-1][1]["status"] == "completed"
 
 
@@ -201,28 +217,60 @@ def test_a_student_that_cannot_be_trained_is_a_row_and_no_crash(
     )
 
 
+@pytest.mark.parametrize(
+    ("origin", "killed_at", "again_from"),
+    [("largest_first", 512, 0), ("magnitude", 640, 512), ("scratch", 1024, 512)],
+)
+def test_one_that_is_killed_goes_on_from_its_last_rung(
+    bench: tuple[Bench, dict[str, Any]], tmp_path: Path, origin: Baseline, killed_at: int, again_from: int
+) -> None:
+    """Bit by bit as one that was not killed. Behind the step at 512 tokens the rung is not measured yet."""
+    bench_, shapes = bench
+    entrant = Entrant(origin=origin, shape=next(iter(shapes.values())))
+    whole = replace(bench_, store=Store(tmp_path / "whole", "x", "1"), states=tmp_path / "others")
+    rows, _ = trained(whole, origin, entrant.shape)
+    with pytest.raises(Killed):
+        train_entrant(entrant, bench_, 1024, Told(killed_at))
+    assert bench_.folder(entrant).exists() == (again_from > 0)
+    again, told = trained(bench_, origin, entrant.shape)
+    assert told.steps == list(range(again_from + 128, 1025, 128))
+    for row, other in zip(rows, again, strict=True):
+        assert [row[name] for name in FIGURES] == [other[name] for name in FIGURES]
+    assert losses_of(bench_, entrant.subject) == losses_of(whole, entrant.subject)
+    assert not bench_.folder(entrant).exists() and not whole.folder(entrant).exists()
+
+
 def _rank(rank: int, bench: Bench, entrants: list[Entrant], out: Path) -> None:
     file = torch.distributed.FileStore(str(out / "rendezvous"), 2)
     torch.distributed.init_process_group("gloo", store=file, rank=rank, world_size=2)
-    worker = Worker(
-        rank=rank, world=2, device=torch.device("cpu"), report=Told(), stop_requested=lambda: False
-    )
+
+    def worker(killed_at: int | None = None) -> Worker:
+        told = Told(killed_at)
+        return Worker(
+            rank=rank, world=2, device=torch.device("cpu"), report=told, stop_requested=lambda: False
+        )
+
     for entrant in entrants:
-        train_in_group((entrant, bench, 1024), worker)
-    np.save(out / f"{rank}.npy", score_in_group((entrants[0], bench), worker))
+        with pytest.raises(Killed):
+            train_in_group((entrant, bench, 1024), worker(640))
+        resumed = worker()
+        train_in_group((entrant, bench, 1024), resumed)
+        assert resumed.report.steps == [640, 768, 896, 1024]  # type: ignore[attr-defined]
+    np.save(out / f"{rank}.npy", score_in_group((entrants[0], bench), worker()))
     torch.distributed.destroy_process_group()
 
 
 def test_a_group_leaves_the_rows_that_one_process_leaves(
     bench: tuple[Bench, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Two real processes under gloo that share each student."""
+    """Two real processes under gloo that share each student, killed in the middle of it and begun again."""
     alone, shapes = bench
     shape = next(iter(shapes.values()))
     origins: tuple[Baseline, ...] = ("largest_first", "magnitude", "scratch")
     entrants = [Entrant(origin=origin, shape=shape) for origin in origins]
     size = GroupSize(workers=2, each=Resources(cpus=1), storage=tmp_path)
-    group = replace(alone, group=size, store=Store(tmp_path / "group", "x", "1"))
+    store, states = Store(tmp_path / "group", "x", "1"), tmp_path / "shards"
+    group = replace(alone, group=size, store=store, states=states)
     torch.multiprocessing.spawn(_rank, args=(group, entrants, tmp_path), nprocs=2)
     for entrant in entrants:
         rows, _ = trained(alone, entrant.origin, shape)
