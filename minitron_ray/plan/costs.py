@@ -39,13 +39,15 @@ CHECKPOINT_BYTES = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCost:
-    """An upper bound: of several shapes it takes the costliest. Ties that are trained on come on top."""
+    """An upper bound: of several shapes it takes the costliest. What ties may add comes on top."""
 
     stage: str
     what: str
     tokens: int
     """That go through a network, once for each network and pass."""
     flops: float
+    tie_tokens: int = 0
+    """More of them, at most, where trials tie and are therefore trained on and kept."""
     memory_bytes: int | None = None
     """Of one process, on its device."""
     disk_bytes: int = 0
@@ -208,12 +210,12 @@ class _Costs:
         what = f"{trials} trials of {format_count(self.rungs[-1])} tokens"
         if self.experiment.searched.halving is not None:
             what += f", of which {self.reached[-1]} go to the end"
-            if self.experiment.searched.keep == "ties":
-                what += ", ties aside"
+        ties = trials * self.rungs[-1] - tokens if self.ties else 0
         return StageCost(
             stage="search",
-            what=what,
+            what=what + _more(ties),
             tokens=tokens,
+            tie_tokens=ties,
             flops=flops,
             memory_bytes=self._trial_bytes,
             disk_bytes=CHECKPOINT_BYTES * self.family.parameters(self.largest) * self._checkpoints(),
@@ -234,8 +236,10 @@ class _Costs:
 
     def _baselines(self) -> StageCost:
         """At most: what the search has trained to the end is not trained again."""
-        search, each = self.experiment.searched, self.rungs[-1]
-        lot = affordable(self._search().tokens, each, len(self.feasible))
+        search, each, spent = self.experiment.searched, self.rungs[-1], self._search()
+        lot = affordable(spent.tokens, each, len(self.feasible))
+        most = affordable(spent.tokens + spent.tie_tokens, each, len(self.feasible))
+        ties = (most - lot) * each if "random" in search.baselines else 0
         scored = min(LARGEST, len(self.feasible)) if "largest_first" in search.baselines else 0
         count = sum(lot if name == "random" else 1 for name in search.baselines)
         students = [self.students[place % len(self.students)] for place in range(count)]
@@ -250,8 +254,9 @@ class _Costs:
         named = [f"{lot} by lot" if name == "random" else name for name in search.baselines]
         return StageCost(
             stage="baselines",
-            what=f"{', '.join(named)}: {_students(count)}, {format_count(each)} tokens each",
+            what=f"{', '.join(named)}: {_students(count)}, {format_count(each)} tokens each" + _more(ties),
             tokens=count * each,
+            tie_tokens=ties,
             flops=flops + sum(self._measured(arch) for arch in self.students[:scored]),
             memory_bytes=self._trial_bytes,
             disk_bytes=CHECKPOINT_BYTES * self.family.parameters(self.largest) * waiting,
@@ -273,8 +278,10 @@ class _Costs:
         return StageCost(
             stage="distill",
             what=f"{_students(kept)}{', teacher online' if online else ''}"
-            + (f", spread over {workers} workers" if workers > 1 else ""),
+            + (f", spread over {workers} workers" if workers > 1 else "")
+            + _more(self.tied * tokens),
             tokens=kept * tokens,
+            tie_tokens=self.tied * tokens,
             flops=float(flops),
             memory_bytes=self.memory.training(self.largest, workers) + beside,
             disk_bytes=parameters * (DISTILL_CHECKPOINTS * CHECKPOINT_BYTES + 4 * kept),
@@ -293,10 +300,12 @@ class _Costs:
             own = self.validation * (forward_flops(self.family, self.teacher, self.length))
         measured = self.students[: self.kept]
         rounds = int(not searched) + int(distilled)
+        ties = self.validation * self.tied if distilled else 0
         return StageCost(
             stage="evaluate",
-            what=f"{self.experiment.data.validation} validation sequences: {whom}",
+            what=f"{self.experiment.data.validation} validation sequences: {whom}" + _more(ties),
             tokens=self.validation * (1 + students),
+            tie_tokens=ties,
             flops=float(own + rounds * sum(self._measured(arch) for arch in measured)),
             memory_bytes=self.memory.measuring(self.largest) + self._beside(self.online),
         )
@@ -358,6 +367,16 @@ class _Costs:
         return kept_students(self.experiment)
 
     @property
+    def ties(self) -> bool:
+        """Whether trials that tie with the best are trained to the end, and kept."""
+        return self.experiment.search is not None and self.experiment.search.keep == "ties"
+
+    @property
+    def tied(self) -> int:
+        """How many students more are kept where all trials tie."""
+        return self.trials - self.kept if self.ties else 0
+
+    @property
     def rungs(self) -> tuple[int, ...]:
         return rung_tokens(self.experiment)
 
@@ -394,6 +413,10 @@ class _Costs:
         return Memory(
             family=self.family, length=self.length, precision=self.experiment.precision, layout=self.layout
         )
+
+
+def _more(ties: int) -> str:
+    return f"; up to {format_count(ties)} tokens more where trials tie" if ties else ""
 
 
 def _students(count: int) -> str:

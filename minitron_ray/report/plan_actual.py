@@ -25,6 +25,8 @@ class StageActual:
     status: str | None
     """Of the last attempt, see the table `stages`; None for a stage that has not begun."""
     planned_tokens: int
+    planned_ties: int
+    """Tokens more that ties may have added: a number between is as planned."""
     tokens: int | None
     """That this run trained on or measured; None where that is not known, or was done by another run."""
     planned_flops: float
@@ -72,6 +74,7 @@ def _row(
         stage=stage,
         status=own[-1]["status"] if own else None,
         planned_tokens=planned["tokens"],
+        planned_ties=planned["tie_tokens"] or 0,
         tokens=tokens,
         planned_flops=planned["flops"],
         planned_seconds=planned["device_seconds"],
@@ -172,13 +175,21 @@ def cells(rows: Sequence[StageActual]) -> Iterator[tuple[str, ...]]:
         yield (
             row.stage,
             _or_none(row.tokens, format_count),
-            format_count(row.planned_tokens) if row.planned_tokens else NONE,
+            _planned_tokens(row),
             taken,
             _or_none(row.planned_seconds or None, time_text),
             _or_none(row.reached, rate_text),
             _or_none(row.disk, format_bytes),
             format_bytes(row.planned_disk) if row.planned_disk else NONE,
         )
+
+
+def _planned_tokens(row: StageActual) -> str:
+    """`20.5K`; where ties may have added to it, the most that is as planned: `≤65.5K`."""
+    if not row.planned_tokens:
+        return NONE
+    most = format_count(row.planned_tokens + row.planned_ties)
+    return f"≤{most}" if row.planned_ties else most
 
 
 def actual_section(rows: Sequence[StageActual]) -> Section:

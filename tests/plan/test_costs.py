@@ -106,7 +106,23 @@ def test_halving_trains_fewer_tokens() -> None:
     assert stage(unhalved, "search").disk_bytes == 0
     # Where ties are trained on, what was stopped stays, see `test_checkpoints.py`.
     ties = stage(planned(*HALVED, "search.keep=ties"), "search")
-    assert ties.disk_bytes == 15 * 12 * largest and ties.what.endswith("3 go to the end, ties aside")
+    assert ties.disk_bytes == 15 * 12 * largest
+
+
+def test_ties_may_add_what_halving_saves() -> None:
+    """Where none of the twelve can be told from the best, all see all tokens, and are distilled and measured."""
+    kept = (*HALVED, "search.baselines=[random]", "distill.tokens=32768", "data.validation=24")
+    one, tied = planned(*kept), planned(*kept, "search.keep=ties")
+    assert all(cost.tie_tokens == 0 for cost in one.costs())
+    search, every = stage(tied, "search"), planned(*kept, "search.halving=null")
+    assert search.tokens == stage(one, "search").tokens
+    assert search.tokens + search.tie_tokens == stage(every, "search").tokens == 12 * 16384
+    assert search.what.endswith("3 go to the end; up to 98.3K tokens more where trials tie")
+    all_kept = planned(*kept, "search.keep=12", "search.halving=null")
+    for name in ("baselines", "distill", "evaluate"):
+        cost = stage(tied, name)
+        assert cost.tokens == stage(one, name).tokens
+        assert cost.tokens + cost.tie_tokens == stage(all_kept, name).tokens, name
 
 
 @pytest.mark.parametrize(("halving", "waiting"), [("null", 4 * 2), ("{reduction: 2}", 4)])

@@ -118,6 +118,19 @@ def test_tokens_are_those_of_the_tables(make_run: MakeRun) -> None:
     assert search.reached == 4e9 * (24576 / 32768) / search.seconds
 
 
+def test_ties_are_as_planned(make_run: MakeRun) -> None:
+    """24576 tokens are seen where 16384 were planned, and up to 16384 more for ties."""
+    run = make_run("teacher")
+    planned(run, search={"tokens": 16384, "tie_tokens": 16384}, distill={})
+    run.begin_stage("search", "f")
+    search_tables(run)
+    run.finish_stage("search", "f", {}, "", 3.0)
+    search, distill = plan_against_actual(read_info(run.folder))
+    assert search.planned_tokens < (search.tokens or 0) <= search.planned_tokens + search.planned_ties
+    assert search.reached == 4e9 * (24576 / 16384) / 6.0, "ties are work, too"
+    assert [row[1:3] for row in cells([search, distill])] == [("24.6K", "≤32.8K"), ("-", "1.0K")]
+
+
 def test_files_are_counted(make_run: MakeRun) -> None:
     run = make_run("distill")
     planned(run, distill={"disk_bytes": 5000}, export={})
@@ -132,7 +145,8 @@ def test_files_are_counted(make_run: MakeRun) -> None:
 
 def test_it_is_shown_in_80_columns_and_as_markdown(make_run: MakeRun) -> None:
     run = make_run()
-    planned(run, search={"tokens": 27_037_532_160, "device_seconds": 3.1e6, "disk_bytes": 2**41}, export={})
+    tokens = {"tokens": 27_037_532_160, "tie_tokens": 100_037_532_160}
+    planned(run, search={**tokens, "device_seconds": 3.1e6, "disk_bytes": 2**41}, export={})
     rows = plan_against_actual(read_info(run.folder))
     console = Console(width=80, record=True, file=None, force_terminal=False)
     with console.capture() as shown:
@@ -140,6 +154,6 @@ def test_it_is_shown_in_80_columns_and_as_markdown(make_run: MakeRun) -> None:
     lines = shown.get().splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in shown.get()
     assert sum(set(line) == {"─"} for line in lines) == 1, "one table"
-    assert "861 h" in shown.get() and "27.0B" in shown.get()
+    assert "861 h" in shown.get() and "≤127.1B" in shown.get()
     page = markdown_table(actual_section(rows))
     assert len(page) == 2 + len(rows) and all(line.count("|") == len(HEADER) + 1 for line in page)
