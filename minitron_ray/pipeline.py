@@ -17,6 +17,7 @@ from minitron_ray.stages import (
     evaluate,
     export,
     importance,
+    precision,
     search,
     teacher,
     zero_shot,
@@ -38,8 +39,11 @@ def execute(context: Context, plan: Plan) -> None:
     run.set_status("running", teacher_digest=ready.inputs.teacher, data_digest=ready.inputs.data)
     status = "failed"
     try:
-        run.finish_stage("prepare", digest(ready.output), ready.output, ready.summary, ready.seconds)
-        _stages(context, plan, stage_fingerprints(plan, ready.inputs))
+        _write_plan(context, plan)
+        settled = precision.settle(context, plan)
+        output = ready.output | {"precision": settled.experiment.precision}
+        run.finish_stage("prepare", digest(output), output, ready.summary, ready.seconds)
+        _stages(context, settled, stage_fingerprints(settled, ready.inputs))
         status = "succeeded"
     except (Interrupted, KeyboardInterrupt):
         status = "interrupted"
@@ -49,12 +53,16 @@ def execute(context: Context, plan: Plan) -> None:
         context.events.emit("run_finished", status=status, seconds=time.monotonic() - started)
 
 
+def _write_plan(context: Context, plan: Plan) -> None:
+    store = context.run.store
+    store.append("candidates", [row.row() for row in plan.rows], writer="space", sequence=0)
+    store.append("sources", list(context.ready.sources), writer="prepare", sequence=0)
+    store.append("costs", cost_rows(context.cluster.settings, context.cache, plan), writer="plan", sequence=0)
+
+
 def _stages(context: Context, plan: Plan, marks: dict[str, str]) -> None:
+    """Of a plan whose precision is settled."""
     experiment, validation = context.experiment, context.experiment.data.validation
-    context.run.store.append("candidates", [row.row() for row in plan.rows], writer="space", sequence=0)
-    context.run.store.append("sources", list(context.ready.sources), writer="prepare", sequence=0)
-    planned = cost_rows(context.cluster.settings, context.cache, plan)
-    context.run.store.append("costs", planned, writer="plan", sequence=0)
     if "correct" in plan.stages:
         _correct(context, marks)
     setting, inputs = context.ready.setting, context.ready.inputs

@@ -32,6 +32,8 @@ class Context:
     stop: StopSignal
     current: str = ""
     """The stage in progress."""
+    before_work: Callable[[], None] = lambda: None
+    """Called before a stage is made and not found. Raises where it must not be made here."""
     tokens: int | None = None
     """That it has put through a network in this attempt, where it says so."""
 
@@ -66,6 +68,7 @@ class Context:
             if again is not None:
                 record["output"], record["summary"] = again()
             return self._taken_over(name, fingerprint, record)
+        self.before_work()
         with self._recording(name, fingerprint, total, unit) as started:
             output, summary = work()
             seconds = time.monotonic() - started

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ruamel.yaml import YAML
 
@@ -19,7 +20,7 @@ from minitron_ray.distillation.blocks import blocks_exist
 from minitron_ray.plan import Inputs, Plan, run_fingerprint, stage_fingerprints
 from minitron_ray.results.files import link_or_copy
 from minitron_ray.results.run import Run
-from minitron_ray.results.runs import find_runs
+from minitron_ray.results.runs import RunInfo, find_runs
 from minitron_ray.results.store import Store
 
 STUDENT_OF: Final = "student of "
@@ -128,7 +129,7 @@ def finished(results: Path, plan: Plan, base: Path) -> dict[str, str]:
     inputs = next((found for info in runs if (found := _inputs(info.folder, plan, base))), None)
     if inputs is None:
         return {}
-    marks = stage_fingerprints(plan, inputs)
+    marks = stage_fingerprints(_settled_plan(plan, runs), inputs)
     own = run_fingerprint(plan, inputs)
     known: dict[str, str] = {}
     for info in runs:
@@ -140,6 +141,32 @@ def finished(results: Path, plan: Plan, base: Path) -> dict[str, str]:
             if (usable if info.fingerprint == own else _given_away)(info.store, record):
                 known[stage] = f"{info.experiment}/{info.run_id}"
     return {stage: known[stage] for stage in plan.stages if stage in known}
+
+
+def settled_precision(folder: Path) -> Literal["float32", "bfloat16"] | None:
+    """The type of products of the run of a folder, see `stages/precision.py`; None where it does not say."""
+    path = folder / "stages" / "prepare.json"
+    if not path.is_file():
+        return None
+    found: Literal["float32", "bfloat16"] | None = json.loads(path.read_bytes())["output"].get("precision")
+    return found
+
+
+def _settled_plan(plan: Plan, runs: Iterable[RunInfo]) -> Plan:
+    """With what `auto` was in the newest of the `runs` that were asked for it; as it is where none was."""
+    if plan.experiment.precision != "auto":
+        return plan
+    for info in runs:
+        known = settled_precision(info.folder)
+        if known is not None and _resolved(info.folder).get("precision") == "auto":
+            return replace(plan, experiment=plan.experiment.model_copy(update={"precision": known}))
+    return plan
+
+
+def _resolved(folder: Path) -> dict[str, Any]:
+    """A run's whole experiment."""
+    path = folder / "resolved.yaml"
+    return (YAML(typ="safe", pure=True).load(path) or {}) if path.is_file() else {}
 
 
 def run_of(results: Path, plan: Plan, base: Path) -> str | None:
@@ -158,10 +185,9 @@ def _inputs(folder: Path, plan: Plan, base: Path) -> Inputs | None:
     """What a run found for its teacher, its text and the model that is cut, where it names the same as
     `plan` and, of another experiment's students, cut the same one."""
     experiment = plan.experiment
-    resolved, prepared = folder / "resolved.yaml", folder / "stages" / "prepare.json"
-    if not resolved.is_file() or not prepared.is_file():
+    prepared, there = folder / "stages" / "prepare.json", _resolved(folder)
+    if not there or not prepared.is_file():
         return None
-    there = YAML(typ="safe", pure=True).load(resolved) or {}
     here = experiment.model_dump(mode="json", include={"teacher", "start", "data"})
     for section, unread in (
         ("teacher", "config"),

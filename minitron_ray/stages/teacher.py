@@ -15,9 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from minitron_ray.core.errors import ConfigError
 from minitron_ray.core.fingerprint import digest
 from minitron_ray.core.units import format_bytes
 from minitron_ray.data.batches import batch_indices
@@ -40,13 +37,12 @@ KIND, LISTS = "teacher_signal", "teacher_signal_lists"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """The blocks of one teacher on one text. Small, and picklable: workers fill it side by side."""
+    """The blocks of one teacher on one text. Small, and picklable: workers fill it side by side, in the type of
+    products that the setting names."""
 
     setting: Setting
     inputs: Inputs
     cache: Cache
-    dtype: torch.dtype
-    """In which the workers compute."""
 
     def blocks(self, signal: StoredSignal) -> list[SignalBlock]:
         """The blocks that the experiment needs, whether they exist or not: what students are measured
@@ -68,7 +64,7 @@ class Library:
                 "version": SIGNAL_VERSION,
                 "teacher": self.inputs.teacher,
                 "data": self.inputs.data,
-                "precision": str(self.dtype).removeprefix("torch."),
+                "precision": str(self.setting.share().dtype).removeprefix("torch."),
                 "signal": signal.identity,
                 "seed": self.setting.experiment.seed if signal.seeded else None,
                 "sequences": list(sequences),
@@ -114,7 +110,7 @@ def run(context: Context, setting: Setting, inputs: Inputs) -> tuple[dict[str, A
     if not isinstance(signal, StoredSignal):
         return {"folder": None}, "online in each trial"
     cache = Cache(context.cache.folder.parent.resolve())  # workers start in other folders
-    library = Library(setting=setting, inputs=inputs, cache=cache, dtype=_dtype(context, setting))
+    library = Library(setting=setting, inputs=inputs, cache=cache)
     blocks = library.blocks(signal)
     missing = library.missing(blocks)
     try:
@@ -138,32 +134,9 @@ def dealt(blocks: Sequence[SignalBlock], workers: int) -> list[list[SignalBlock]
     return hands
 
 
-def _dtype(context: Context, setting: Setting) -> torch.dtype:
-    """That of the computation. `auto` is for the workers' devices to say, which this process may not have."""
-    if setting.experiment.precision != "auto":
-        return setting.share().dtype
-    [found] = context.cluster.map(worker_dtype, [setting])
-    dtype: torch.dtype = found
-    return dtype
-
-
-def worker_dtype(setting: Setting, report: Callable[..., None]) -> torch.dtype:
-    """In a worker: the type in which it computes."""
-    return setting.share().dtype
-
-
 def compute(blocks: Sequence[SignalBlock], library: Library, report: Callable[..., None]) -> None:
-    """In a worker: write its blocks. Those that it had finished before it was lost are not done again.
-
-    Raises ConfigError where this worker would compute in another type than the one that was asked.
-    """
+    """In a worker: write its blocks. Those that it had finished before it was lost are not done again."""
     setting = library.setting
-    if (own := setting.share().dtype) != library.dtype:
-        names = [str(dtype).removeprefix("torch.") for dtype in (library.dtype, own)]
-        raise ConfigError(
-            f"precision: auto is {names[0]} on one worker and {names[1]} on another, and the teacher's signal "
-            "would hold both; set precision to one of them"
-        )
     teacher, total, before = setting.teacher(setting.share()), _sequences(blocks), 0
 
     def progress(before: int, done: int) -> None:
