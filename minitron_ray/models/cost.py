@@ -73,8 +73,9 @@ def training_bytes(family: Family, arch: Architecture) -> int:
     return family.parameters(arch) * TRAINING_STATE_BYTES
 
 
-def activation_bytes(arch: Architecture, dtype: str) -> int:
-    """Bytes a token that the layers keep for the backward pass, where nothing is checkpointed.
+def activation_bytes(arch: Architecture, dtype: str, *, recompute: bool = False) -> int:
+    """Bytes a token that the layers keep for the backward pass; with `recompute` their inputs alone, and all
+    of the one layer that is computed again.
 
     A layer keeps the residual stream and its normalised values at both norms (four times `hidden` in
     float32); in the type of the products what went into them, queries, keys, values and what attention
@@ -85,4 +86,5 @@ def activation_bytes(arch: Architecture, dtype: str) -> int:
     copies = 2 if dtype == "float32" else 5
     attention = 2 * (arch.heads + arch.kv_heads) * arch.head_dim
     neurons = arch.mlp + arch.active_experts * arch.expert_mlp
-    return arch.layers * (16 * arch.hidden + size * (copies * arch.hidden + attention + 4 * neurons))
+    layer = 16 * arch.hidden + size * (copies * arch.hidden + attention + 4 * neurons)
+    return arch.layers * 4 * arch.hidden + layer if recompute else arch.layers * layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.cost import forward_flops, head_flops, training_flops, weight_bytes
 from minitron_ray.models.family import Family
 from minitron_ray.plan.checkpoints import most_checkpoints
+from minitron_ray.plan.intermediate import resolve_intermediate
 from minitron_ray.plan.memory import Layout, Memory
 from minitron_ray.plan.scoring import scoring_passes
 from minitron_ray.plan.signal import SignalCost, signal_costs, signal_tokens
@@ -148,7 +150,9 @@ class _Costs:
             what=f"{what}, kept in the cache",
             tokens=tokens,
             flops=float(trained + measured * self.validation * self._forward(self.teacher)),
-            memory_bytes=self.memory.training(self.teacher, self.layout.workers),
+            memory_bytes=self.memory.training(
+                self.teacher, self.layout.workers, self._passes(correction, self.layout.workers)
+            ),
             disk_bytes=parameters * (DISTILL_CHECKPOINTS * CHECKPOINT_BYTES + 4),
         )
 
@@ -274,7 +278,6 @@ class _Costs:
             for arch in self.students[:kept]
         )
         parameters, workers = self.family.parameters(self.largest), self.layout.workers
-        beside = self.memory.weights(self.teacher) if distill.needs_teacher else 0
         return StageCost(
             stage="distill",
             what=f"{_students(kept)}{', teacher online' if online else ''}"
@@ -283,7 +286,7 @@ class _Costs:
             tokens=kept * tokens,
             tie_tokens=self.tied * tokens,
             flops=float(flops),
-            memory_bytes=self.memory.training(self.largest, workers) + beside,
+            memory_bytes=self._training_bytes(distill, workers, distill.needs_teacher),
             disk_bytes=parameters * (DISTILL_CHECKPOINTS * CHECKPOINT_BYTES + 4 * kept),
         )
 
@@ -340,14 +343,41 @@ class _Costs:
         beside = whole if self.online else head_flops(self.teacher)
         return float(self.validation * (self._forward(student) + beside))
 
-    @property
+    @cached_property
     def _trial_bytes(self) -> int:
         """Memory of one process of a trial."""
-        student = self.memory.training(self.largest, self.layout.trial_workers)
-        return student + self._beside(self.online)
+        group, retrain = self.layout.trial_workers, self.experiment.searched.retrain
+        size = self._training_bytes(retrain, group if group > 1 else None, self.online)
+        return size if self.online else size + self.memory.head(self.teacher)
+
+    def _training_bytes(self, section: Retrain | Distill, group: int | None, online: bool) -> int:
+        """Of the student that takes the most of one process, and of a teacher that runs beside it."""
+        memory, teacher, passes = self.memory, self.teacher, self._passes(section, group or 1)
+        pairs = {layers: self._pairs(section, layers) for layers in {arch.layers for arch in self.students}}
+        return max(
+            memory.training(
+                arch,
+                group,
+                passes,
+                lifted=teacher.hidden if pairs[arch.layers] and arch.hidden != teacher.hidden else None,
+                pairs=pairs[arch.layers],
+                compared=teacher.hidden,
+            )
+            + (memory.teaching(teacher, group, arch) if online else 0)
+            for arch in self.students
+        )
+
+    def _pairs(self, section: Retrain | Distill, layers: int) -> int:
+        """Of hidden states that a student of so many layers is to match."""
+        found = resolve_intermediate(section, self.family, self.teacher.layers, layers)
+        return 0 if found is None else len(found.pairs)
+
+    def _passes(self, section: Retrain | Distill | Correction, workers: int) -> int:
+        """Of a worker, in an optimizer step."""
+        return math.ceil(math.ceil(section.batch / workers) / self.layout.micro_batch)
 
     def _beside(self, online: bool) -> int:
-        """Bytes of the teacher in a trial: all of it, or its head."""
+        """Bytes of the teacher where a student is measured: all of it, or its head."""
         return self.memory.weights(self.teacher) if online else self.memory.head(self.teacher)
 
     @property

@@ -6,14 +6,27 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from minitron_ray.core.hardware import Hardware
+from minitron_ray.distillation.engine import TEACHER_SHARE
 from minitron_ray.models.architecture import Architecture
-from minitron_ray.models.cost import BYTES, activation_bytes, training_bytes, weight_bytes
+from minitron_ray.models.cost import (
+    BYTES,
+    TRAINING_STATE_BYTES,
+    activation_bytes,
+    training_bytes,
+    weight_bytes,
+)
 from minitron_ray.models.family import Family
 
 LOGITS: Final = {"cpu": 2**24, "accelerator": 2**27}
 """Logits of a chunk of tokens, see `weights/vocabulary.py`."""
 LOGIT_COPIES: Final = 4
 """Of a chunk in float32: both models' logits, the gradient, and one on the way."""
+FINAL_BYTES: Final = 20
+"""A token and a channel of a student in training: what the final norm keeps, and the final hidden states again
+where the loss takes them, with their gradients."""
+STATE_BYTES: Final = 16
+"""A token and a channel of the teacher, of each pair of hidden states that are compared: both models' states,
+lifted and as they are, and what the distance keeps of them for the backward pass."""
 WEIGHTS_SHARE: Final = 0.6
 """Of a device's memory, in a run of what is free: above it a teacher is scored layer by layer."""
 
@@ -30,6 +43,10 @@ class Layout:
     """Processes that share a trial's student."""
     accelerator: bool = False
     importance: Literal["auto", "resident", "streamed"] = "auto"
+    recompute: bool = False
+    """Whether a layer in training keeps its input alone, and runs forward again for the backward pass."""
+    teacher: Literal["auto", "whole", "sharded"] = "auto"
+    """Whether each process of a group holds the whole running teacher, or a shard of it."""
     memory: int | None = None
     """Bytes of one device."""
 
@@ -42,6 +59,8 @@ class Layout:
         workers: int | None = None,
         trial_workers: int = 1,
         importance: Literal["auto", "resident", "streamed"] = "auto",
+        recompute: bool = False,
+        teacher: Literal["auto", "whole", "sharded"] = "auto",
     ) -> Layout:
         """One worker a device where nothing else is said."""
         return cls(
@@ -50,6 +69,8 @@ class Layout:
             trial_workers=trial_workers,
             accelerator=hardware is not None and hardware.accelerator,
             importance=importance,
+            recompute=recompute,
+            teacher=teacher,
             memory=None if hardware is None else hardware.memory,
         )
 
@@ -103,23 +124,66 @@ class Memory:
             return self.layout.importance == "streamed"
         return self.layout.memory is not None and whole > WEIGHTS_SHARE * self.layout.memory
 
-    def training(self, student: Architecture, workers: int = 1) -> int:
-        """A student in training, in float32, its state spread over `workers`.
+    def training(
+        self,
+        student: Architecture,
+        group: int | None = None,
+        passes: int = 1,
+        lifted: int | None = None,
+        pairs: int = 0,
+        compared: int = 0,
+    ) -> int:
+        """A student in training, in float32; None for one process by itself, else its state is spread over so
+        many workers. An optimizer step is made of so many `passes` of a worker.
 
-        Weights, gradients and moments; what a pass keeps of each layer, and the gradients of the final
-        hidden states and of the head, which the loss forms at once; a chunk of logits. Products in
-        bfloat16 keep a copy of the weights. Spread over workers, one layer and the head are whole again.
+        Weights, gradients and moments, also of a projection to `lifted` channels; what a pass keeps of each
+        layer, and the gradients of the final hidden states and of the head, which the loss forms at once; a
+        chunk of logits. Of `pairs` of hidden states that are compared, `compared` channels wide, what their
+        distance takes. Products in bfloat16 keep a copy of the weights.
         """
         parameters = self.family.parameters(student)
-        size = training_bytes(self.family, student) // workers
-        size += self.tokens * (activation_bytes(student, self.value) + 8 * student.hidden)
-        size += 4 * student.vocab * student.hidden + self.logits
-        if self.value != "float32":
-            size += parameters * BYTES[self.value]
-        if workers > 1:
-            apart = self.family.embedding_parameters(student)
-            size += 4 * (apart + (parameters - apart) // student.layers)
-        return size
+        projection = (lifted or 0) * student.hidden
+        size = (training_bytes(self.family, student) + TRAINING_STATE_BYTES * projection) // (group or 1)
+        kept = activation_bytes(student, self.value, recompute=self.layout.recompute)
+        busy = self.tokens * (kept + FINAL_BYTES * student.hidden + pairs * STATE_BYTES * compared)
+        busy += 4 * student.vocab * student.hidden + self.logits
+        if group is None or (group == 1 and self.value == "float32"):
+            copies = 0 if self.value == "float32" else (parameters + projection) * BYTES[self.value]
+            return size + copies + busy
+        whole, last = self._whole(student, projection, passes)
+        return size + whole + max(busy, last)
+
+    def _whole(self, student: Architecture, projection: int, passes: int) -> tuple[int, int]:
+        """Of a student in shards, what is whole during a pass, and what at its end, when nothing of the layers
+        is kept any more: weights in the type of products, and gradients, whose sums are in float32."""
+        value, parameters = BYTES[self.value], self.family.parameters(student) + projection
+        outside = self.family.embedding_parameters(student) + projection
+        layer = (parameters - outside) // student.layers
+        last = (value + 4) * max(outside, layer)
+        if self.layout.accelerator:
+            return value * (outside + 2 * layer), last  # one layer computes while the next one comes
+        # On a CPU all weights stay until the step is over, and all gradients where it has several passes.
+        return (value + (4 if passes > 1 else 0)) * parameters, last
+
+    def teaching(self, teacher: Architecture, group: int | None, student: Architecture) -> int:
+        """A teacher that runs beside a `student` of so many workers, as `training` has them: whole, or a shard,
+        with its embeddings and two layers, which come back for a pass. And its final hidden states, twice: the
+        loss takes them without each last one."""
+        whole, states = self.weights(teacher), 2 * self.tokens * teacher.hidden * BYTES[self.value]
+        if group is None or group == 1 or not self._spreads(whole, group, student):
+            return whole + states
+        outside = self.family.embedding_parameters(teacher)
+        layer = (self.family.parameters(teacher) - outside) // teacher.layers
+        return whole // group + (outside + 2 * layer) * BYTES[self.value] + states
+
+    def _spreads(self, whole: int, group: int, student: Architecture) -> bool:
+        """Where the student's weights are there already, as the run decides it. With memory that is not known
+        the teacher stays whole."""
+        if self.layout.teacher != "auto":
+            return self.layout.teacher == "sharded"
+        if self.layout.memory is None:
+            return False
+        return whole > TEACHER_SHARE * (self.layout.memory - 4 * self.family.parameters(student) // group)
 
     def measuring(self, student: Architecture) -> int:
         """A student that is measured: float32 weights, their copy under bfloat16, a chunk of logits."""

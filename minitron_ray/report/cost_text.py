@@ -83,9 +83,10 @@ def _short_of_memory(found: Sequence[StageCost], hardware: Hardware, layout: Lay
     if not large:
         return None
     named = ", ".join(f"{cost.stage} {_bytes(cost.memory_bytes or 0)}" for cost in large)
+    recompute = "" if layout.recompute else "set activation_checkpointing: true, "
     return (
         f"{named}; {hardware.name} has {format_bytes(hardware.memory)}: in the cluster file lower micro_batch "
-        f"(now {layout.micro_batch}), or spread a student over more workers (distill: workers, now "
+        f"(now {layout.micro_batch}), {recompute}or spread a student over more workers (distill: workers, now "
         f"{layout.workers}; search: trial_workers, now {layout.trial_workers})"
     )
 

@@ -71,6 +71,8 @@ def layout_of(settings: ClusterSettings, hardware: Hardware | None) -> Layout:
         workers=settings.worker_range[1] if settings.worker_range else None,
         trial_workers=settings.trial_workers,
         importance=settings.importance,
+        recompute=settings.activation_checkpointing,
+        teacher=settings.teacher,
     )
 
 

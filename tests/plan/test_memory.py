@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minitron_ray.core.hardware import Hardware
+from minitron_ray.distillation.engine import Engine
+from minitron_ray.distillation.sharding import prepare_layer
 from minitron_ray.models.cost import activation_bytes
 from minitron_ray.models.families import family_of
 from minitron_ray.plan import Layout, Memory
@@ -19,10 +21,12 @@ from tests.plan.test_costs import planned, stage
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 2}
 
 
-def kept_bytes(layers: int, bfloat16: bool) -> int:
+def kept_bytes(layers: int, bfloat16: bool, recompute: bool = False) -> int:
     """Bytes that autograd saves in a forward pass of 4 x 64 tokens, weights and their copies aside."""
     config = LlamaConfig(num_hidden_layers=layers, head_dim=32, vocab_size=64, use_cache=False, **SIZES)
     model = LlamaForCausalLM(config).train()
+    for layer in model.model.layers:
+        prepare_layer(layer, Engine(recompute=recompute))
     own = {tuple(parameter.shape) for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -49,6 +53,17 @@ def test_activations_are_those_that_autograd_keeps(dtype: str) -> None:
     arch = family_of(config).read(config)
     measured = (kept_bytes(3, dtype == "bfloat16") - kept_bytes(2, dtype == "bfloat16")) / (4 * 64)
     assert activation_bytes(arch, dtype) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recomputed_layers_keep_their_inputs(dtype: str) -> None:
+    """And the one that is computed again all that it keeps without."""
+    config = {"model_type": "llama", "num_hidden_layers": 8, "vocab_size": 64, "head_dim": 32, **SIZES}
+    arch, bfloat16 = family_of(config).read(config), dtype == "bfloat16"
+    inputs = kept_bytes(3, bfloat16, recompute=True) - kept_bytes(2, bfloat16, recompute=True)
+    whole = kept_bytes(3, bfloat16) - kept_bytes(2, bfloat16)
+    planned = activation_bytes(arch, dtype, recompute=True)
+    assert planned == pytest.approx((8 * inputs + whole) / (4 * 64), rel=0.01)
 
 
 def memory(layout: Layout, precision: Literal["auto", "float32", "bfloat16"] = "bfloat16") -> Memory:
