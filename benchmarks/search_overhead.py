@@ -8,7 +8,9 @@ stage `search`: imports, Ray, the signal, trials, validation, checkpoints and de
 undistilled cuts are left out unless asked for (--zero-shot), as is what a run does after its search.
 
 Start-up of a trial is what passes before its first optimizer step, the validation of its cut left out:
-in a new process (Ray's worker, imports, cut, data), and in one that is used again. Memory is the
+in a new process (Ray's worker, imports, cut, data), and in one that is used again. A halved search trains
+half of its students' tokens or less, so that the one pass of the teacher weighs twice as much beside them as
+with --no-halving: by count of operations about a tenth. Memory is the
 proportional set size (PSS) of the trials' processes, of two trials one after the other and side by side.
 
     python benchmarks/search_overhead.py                                  # some 1M parameters, minutes
@@ -117,7 +119,8 @@ class Bench:
             shutil.rmtree(Cache(self._results).folder / name, ignore_errors=True)
         options = self._options
         print("the search", file=sys.stderr, flush=True)
-        started = self._run("timed", options.trials, options.at_once, options.tokens, {"reduction": 2})
+        halving = {"reduction": 2} if options.halving else None
+        started = self._run("timed", options.trials, options.at_once, options.tokens, halving)
         print("the bare loops", file=sys.stderr, flush=True)
         run = resolve_run(self._results, "timed").folder
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
@@ -304,7 +307,8 @@ def _report(timings: list[Timing], memory: Mapping[int, Memory], options: argpar
     if load > 1.5 + options.at_once * options.threads:
         print(f"load average {load:.1f}: not a quiet machine", file=sys.stderr)
     middle = sorted(timings, key=lambda timing: timing.wall / timing.bare)[len(timings) // 2]
-    print(f"{options.trials} trials of up to {options.tokens:,} tokens, {options.at_once} at a time with "
+    length = "up to " if options.halving else ""
+    print(f"{options.trials} trials of {length}{options.tokens:,} tokens, {options.at_once} at a time with "
           f"{options.threads} thread(s); {len(timings)} round(s)")  # fmt: skip
     for name, seconds in middle.parts.items():
         print(f"  {PARTS.get(name, name):<24}{seconds:8.1f} s")
@@ -364,6 +368,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=1, help="trials at a time")
     parser.add_argument("--threads", type=int, default=cores, help="of a trial")
     parser.add_argument("--zero-shot", type=int, default=0, help="undistilled cuts to be scored")
+    parser.add_argument(
+        "--no-halving", dest="halving", action="store_false", help="every trial goes to its end"
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--folder", type=Path, help="keeps text, model and runs")
