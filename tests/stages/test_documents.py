@@ -63,7 +63,7 @@ search:
 
 def library_of(ready: Prepared, folder: Path) -> Library:
     cache = Cache(folder / "results")
-    return Library(setting=ready.setting, inputs=ready.inputs, cache=cache, dtype=torch.float32)
+    return Library(setting=ready.setting, inputs=ready.inputs, cache=cache)
 
 
 def test_all_that_comes_of_the_text_has_another_name(prepared: Prepare, tmp_path: Path) -> None:
