@@ -37,6 +37,8 @@ TRAINED_SEQUENCES: Final = SEQUENCES * MOST_TRIAL_STEPS
 """At most, of any part."""
 _LAYERS: Final = 4
 """That stay of the small model at the least, as far as the real one has them."""
+_MOST_NEURONS: Final = 1024
+"""Of an MLP: the hidden size of families that tie it to wide heads would ask for many more."""
 _CHANNELS: Final = 16
 """Of the hidden size, a query head."""
 _TOKEN_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -87,7 +89,7 @@ def _smaller(family: Family, whole: Architecture, spare_layers: int) -> Architec
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
-        mlp=min(whole.mlp, _multiple(hidden * ratio, 8)) if whole.mlp else 0,
+        mlp=min(whole.mlp, _MOST_NEURONS, _multiple(hidden * ratio, 8)) if whole.mlp else 0,
         experts=min(whole.experts, max(8, 2 * whole.active_experts)),
         expert_mlp=min(whole.expert_mlp, 32),
     )
