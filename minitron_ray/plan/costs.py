@@ -251,9 +251,8 @@ class _Costs:
             each * self._trained(arch, search.retrain) + (len(self.rungs) + 1) * self._measured(arch)
             for arch in students
         )
-        at_once = [count] * len(
-            self.rungs
-        )  # each goes from rung to rung by itself, at most all of them at a time
+        # Each goes from rung to rung by itself, at most all of them at a time.
+        at_once = [count] * len(self.rungs)
         waiting = most_checkpoints([at_once], self._kept_checkpoints, keep_stopped=False)
         named = [f"{lot} by lot" if name == "random" else name for name in search.baselines]
         return StageCost(

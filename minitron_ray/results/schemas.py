@@ -231,10 +231,7 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
             stage=(_TEXT, "a stage that computes or writes; what it was planned to take when the run began"),
             what=(_TEXT, "one line"),
             tokens=(_INT, "tokens that go through a network, at most"),
-            tie_tokens=(
-                _INT,
-                "more of them, at most, where trials tie (search.keep: ties)",
-            ),
+            tie_tokens=(_INT, "more of them, at most, where trials tie (search.keep: ties)"),
             flops=(_REAL, "floating-point operations, at most"),
             device_seconds=(_REAL, "of one device; null where its speed was not known"),
             devices=(_INT, "how many devices there are; null likewise"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final, Literal
 
 import torch
@@ -61,9 +61,10 @@ def worker_type(setting: Setting, report: Callable[..., None]) -> Type:
 
 def _here(context: Context) -> Callable[[], Type]:
     """Asks, when it is called, what `auto` is for the workers. On a machine by itself without an accelerator
-    they are as this process is, and no Ray is started for it."""
+    they are as this process is, and no Ray is started for it. Asked once: each stage that works wants to know."""
     setting, cluster = context.ready.setting, context.cluster
 
+    @cache
     def ask() -> Type:
         if cluster_address(cluster.settings) is None and not torch.cuda.is_available():
             return worker_type(setting, lambda *told, **fields: None)

@@ -48,11 +48,12 @@ FAMILY = Family(
         ),
         flags={"tied": "tie_word_embeddings"},
         required_values={
-            **{"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
-            **{
-                "full_attn_mod": 1,
-                "interpolate_factor": 1,
-            },  # of Phi-4-mini: every layer, positions as they are
+            "attention_bias": False,
+            "mlp_bias": False,
+            "lm_head_bias": False,
+            # Of Phi-4-mini: every layer attends, and positions are as they are.
+            "full_attn_mod": 1,
+            "interpolate_factor": 1,
         },
         checks_rotary_factors=True,
     ),
