@@ -115,7 +115,8 @@ def run(context: Context, setting: Setting, inputs: Inputs) -> tuple[dict[str, A
     missing = library.missing(blocks)
     try:
         if missing:
-            context.cluster.map(compute, dealt(missing, context.cluster.workers()), library)
+            hands = dealt(missing, context.cluster.workers())
+            context.cluster.map(compute, hands, library, _sequences(missing))
     finally:
         context.tokens = _tokens(missing, setting) - _tokens(library.missing(missing), setting)
     listed = digest([block.folder.name for block in blocks])
@@ -134,10 +135,11 @@ def dealt(blocks: Sequence[SignalBlock], workers: int) -> list[list[SignalBlock]
     return hands
 
 
-def compute(blocks: Sequence[SignalBlock], library: Library, report: Callable[..., None]) -> None:
-    """In a worker: write its blocks. Those that it had finished before it was lost are not done again."""
+def compute(blocks: Sequence[SignalBlock], library: Library, total: int, report: Callable[..., None]) -> None:
+    """In a worker: write its blocks, of the `total` sequences that all workers do. Those that it had finished
+    before it was lost are not done again."""
     setting = library.setting
-    teacher, total, before = setting.teacher(setting.share()), _sequences(blocks), 0
+    teacher, before = setting.teacher(setting.share()), 0
 
     def progress(before: int, done: int) -> None:
         report("stage_progress", stage="teacher", done=before + done, total=total, unit="sequences")

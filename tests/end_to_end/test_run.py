@@ -86,6 +86,14 @@ def test_the_plan_is_kept_and_was_right(whole: Desk) -> None:
     assert planned["distill"] == max(row["tokens"] for row in whole.rows("steps"))
 
 
+def test_no_stage_tells_of_more_than_there_is_to_do(whole: Desk) -> None:
+    """Also where several workers each do a part, and what they tell is added up."""
+    lines = (whole.run_folder() / "events.jsonl").read_text().splitlines()
+    told = [event for event in map(json.loads, lines) if event["kind"] == "stage_progress"]
+    assert {"importance", "teacher", "distill"} <= {event["stage"] for event in told}
+    assert all(event["total"] is None or event["done"] <= event["total"] for event in told)
+
+
 def test_the_best_trial_goes_on_and_learns(whole: Desk) -> None:
     last = [row for row in whole.rows("trials") if row["final"]]
     best = min(last, key=lambda row: row["val_loss"])["candidate_id"]

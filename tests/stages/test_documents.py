@@ -107,7 +107,7 @@ def test_trials_learn_the_same_from_the_stored_and_the_running_teacher(
     setting, library = ready.setting, library_of(ready, tmp_path)
     share = setting.share(device=CPU)
     blocks = library.blocks(FinalHidden())
-    compute(blocks, library, lambda kind, **fields: None)
+    compute(blocks, library, 0, lambda kind, **fields: None)
     write_signal(tmp_path, blocks)
     found: list[list[RungResult]] = []
     for teacher in (setting.stored_teacher(tmp_path, share), setting.online_teacher(share)):

@@ -73,11 +73,12 @@ def files(cache: Cache) -> dict[str, bytes]:
 def fill(library: Library, workers: int) -> list[int]:
     """As the stage does, by workers one after the other; returns how many sequences each did."""
     blocks = library.blocks(library.setting.experiment.searched.signal)
-    hands = dealt(library.missing(blocks), workers)
+    missing = library.missing(blocks)
+    hands, total = dealt(missing, workers), sum(len(block.sequences) for block in missing)
     done = []
     for hand in hands:
         told: list[int] = []
-        compute(hand, library, lambda kind, told=told, **fields: told.append(fields["done"]))
+        compute(hand, library, total, lambda kind, told=told, **fields: told.append(fields["done"]))
         done.append(told[-1])
         assert told == sorted(told)
     assert not library.missing(blocks)
@@ -100,7 +101,7 @@ def test_a_group_of_ray_workers_stores_the_same(library: Open, tmp_path: Path) -
     settings = ClusterSettings(workers=2, worker=Resources(cpus=1))
     with Cluster(settings, tmp_path / "run", EventBus(), StopSignal()) as cluster:
         missing = group.missing(group.blocks(Sampled()))
-        cluster.map(compute, dealt(missing, cluster.workers()), group)
+        cluster.map(compute, dealt(missing, cluster.workers()), group, 405)
     assert files(alone.cache) == files(group.cache)
 
 
@@ -210,11 +211,11 @@ def test_a_worker_that_is_called_again_keeps_what_it_had_finished(library: Open)
             raise Killed
 
     with pytest.raises(Killed):
-        compute(blocks, made, report)
+        compute(blocks, made, 405, report)
     left = sum(len(block.sequences) for block in made.missing(blocks))
     assert 0 < left < 405 and not list((made.cache.folder / KIND).glob("*.partial"))
     times = {path: path.stat().st_mtime_ns for path in (made.cache.folder / KIND).glob("*/DONE.json")}
-    compute(blocks, made, lambda kind, **fields: None)
+    compute(blocks, made, 405, lambda kind, **fields: None)
     assert not made.missing(blocks) and all(path.stat().st_mtime_ns == t for path, t in times.items())
 
 
