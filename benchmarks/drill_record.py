@@ -59,7 +59,7 @@ class Progress:
     checkpoint: int = 0
     """Newest whole checkpoint's step."""
     lag: int = 0
-    """Steps that were made while a checkpoint was being written, at most."""
+    """Steps that were made while a checkpoint was being written, at most; whether or not it became whole."""
     _read: int = 0
 
     @property
@@ -72,10 +72,9 @@ class Progress:
         folder = self.folder
         if folder is None:
             return []
-        steps = [
-            int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/*/checkpoints/step-*")
-        ]
-        before, self.checkpoint = self.checkpoint, max(steps, default=self.checkpoint)
+        before = self.checkpoint
+        self.checkpoint = max(_steps(folder, "step"), default=before)
+        begun = max(_steps(folder, "partial"), default=0)
         heard = []
         for event in self._events(folder / "events.jsonl"):
             if event.get("kind") == "stage_progress" and event.get("stage") == "distill" and "step" in event:
@@ -84,6 +83,8 @@ class Progress:
                 heard.append((self.at, self.step))
         if self.checkpoint > before:
             self.lag = max(self.lag, self.step - self.checkpoint)
+        if begun > self.checkpoint:  # one that a fault cuts short never becomes whole
+            self.lag = max(self.lag, self.step - begun)
         return heard
 
     def _events(self, path: Path) -> list[dict[str, Any]]:
@@ -107,6 +108,12 @@ class Progress:
         """Of the table `steps`."""
         assert self.folder is not None
         return Store(self.folder, self.folder.parent.name, self.folder.name).read("steps").to_pylist()
+
+
+def _steps(run: Path, kind: str) -> list[int]:
+    """Of a run's checkpoints that are whole (`step`) or being written (`partial`)."""
+    found = (path.name.rpartition("-")[2] for path in run.glob(f"checkpoints/*/checkpoints/{kind}-*"))
+    return [int(step) for step in found]
 
 
 @dataclass(frozen=True, kw_only=True)
