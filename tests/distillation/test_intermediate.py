@@ -29,6 +29,7 @@ from minitron_ray.models.families import family_of
 from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import build, initialized
+from tests.processes import begin_group
 
 LENGTH, BATCH, STEPS = 16, 6, 4
 TOKENS = np.random.default_rng(0).integers(0, 256, (40, LENGTH))
@@ -165,12 +166,12 @@ def test_layers_that_are_computed_again_give_the_same(tiny_llama: Path) -> None:
     assert losses(found) == losses(steps(student_of(tiny_llama), teacher_of(tiny_llama)))
 
 
-def _rank(rank: int, folder: Path, out: Path) -> None:
-    store = torch.distributed.FileStore(str(out / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def _rank(rank: int, world: int, folder: Path, out: Path) -> None:
+    store = torch.distributed.FileStore(str(out / "store"), world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     student = student_of(folder)
-    Sharding(2, CPU, torch.float32, Engine(recompute=True)).whole(student, student.model.model.layers)
-    found = steps(student, teacher_of(folder), rank=rank, world=2, micro_batch=2)
+    Sharding(world, CPU, torch.float32, Engine(recompute=True)).whole(student, student.model.model.layers)
+    found = steps(student, teacher_of(folder), rank=rank, world=world, micro_batch=2)
     weights = {name: parameter.full_tensor().detach() for name, parameter in student.named_parameters()}
     if rank == 0:
         torch.save({"losses": losses(found), "weights": weights}, out / "found.pt")
@@ -179,7 +180,7 @@ def _rank(rank: int, folder: Path, out: Path) -> None:
 
 
 def test_two_workers_train_as_one(tiny_llama: Path, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, args=(tiny_llama, tmp_path), nprocs=2)
+    begin_group(_rank, 2, tiny_llama, tmp_path)
     found, student = torch.load(tmp_path / "found.pt"), student_of(tiny_llama)
     np.testing.assert_allclose(found["losses"], losses(steps(student, teacher_of(tiny_llama))), rtol=2e-4)
     for name, parameter in student.named_parameters():

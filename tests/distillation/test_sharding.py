@@ -13,6 +13,7 @@ from minitron_ray.distillation.sharding import Sharding
 from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.headless import Headless, final_hidden
 from minitron_ray.weights.model import build, initialized
+from tests.processes import begin_group
 
 CPU = torch.device("cpu")
 IDS = torch.arange(24)[None] % 11
@@ -65,11 +66,11 @@ def run(student: Headless) -> torch.Tensor:
     return hidden.detach()
 
 
-def _rank(rank: int, folder: Path, out: Path) -> None:
-    store = torch.distributed.FileStore(str(out / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def _rank(rank: int, world: int, folder: Path, out: Path) -> None:
+    store = torch.distributed.FileStore(str(out / "store"), world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     for make in (by_layer, random):
-        student = make(folder, Sharding(2, CPU))
+        student = make(folder, Sharding(world, CPU))
         assert isinstance(student, FSDPModule) and student.training
         hidden, found = run(student), {}
         for name, parameter in student.named_parameters():
@@ -82,7 +83,7 @@ def _rank(rank: int, folder: Path, out: Path) -> None:
 
 
 def test_shards_make_up_the_same_model(tiny_llama: Path, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, args=(tiny_llama, tmp_path), nprocs=2)
+    begin_group(_rank, 2, tiny_llama, tmp_path)
     checkpoint = Checkpoint(tiny_llama)
     plain = {
         "by_layer": build(checkpoint.config, checkpoint, trainable=True),

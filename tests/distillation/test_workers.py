@@ -21,6 +21,7 @@ from minitron_ray.distillation.teacher import OnlineTeacher
 from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import build
+from tests.processes import begin_group
 
 LENGTH, BATCH, STEPS = 16, 5, 50
 """Five sequences on two workers: one of them has nothing to do in the last pass."""
@@ -101,8 +102,8 @@ def _rank(rank: int, world: int, folder: Path, out: Path, which: list[str]) -> N
 def figures(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
     """Loss, gradient norm and memory of every step, by how it was done, of 1 worker and each of 2."""
     out = tmp_path_factory.mktemp("workers")
-    torch.multiprocessing.spawn(_rank, args=(2, tiny_llama, out, list(HOW)), nprocs=2)
-    torch.multiprocessing.spawn(_rank, args=(1, tiny_llama, out, list(HOW)), nprocs=1)
+    begin_group(_rank, 2, tiny_llama, out, list(HOW))
+    begin_group(_rank, 1, tiny_llama, out, list(HOW))
     names = ("1-0", "2-0", "2-1")
     loaded = {name: torch.load(out / f"{name}.pt") for name in names}
     return {how: {name: np.array(loaded[name][how]) for name in names} for how in HOW}

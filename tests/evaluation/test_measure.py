@@ -14,6 +14,7 @@ from minitron_ray.evaluation.measure import Measurement, measure
 from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import build
+from tests.processes import begin_group
 
 IDS = np.random.default_rng(0).integers(0, 256, (5, 24))
 CPU = torch.device("cpu")
@@ -65,17 +66,17 @@ def test_a_model_does_not_diverge_from_itself_and_a_damaged_one_does(tiny_llama:
 
 def test_shares_of_two_ranks_make_up_the_whole(tiny_llama: Path, tmp_path: Path) -> None:
     """Two real processes under gloo, an odd number of sequences."""
-    torch.multiprocessing.spawn(_rank, args=(tiny_llama, tmp_path), nprocs=2)
+    begin_group(_rank, 2, tiny_llama, tmp_path)
     both = [np.load(tmp_path / f"{rank}.npy") for rank in range(2)]
     np.testing.assert_array_equal(*both)
     np.testing.assert_allclose(both[0], run(model(tiny_llama), 2).losses, rtol=1e-6)
 
 
-def _rank(rank: int, folder: Path, out: Path) -> None:
-    store = torch.distributed.FileStore(str(out / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def _rank(rank: int, world: int, folder: Path, out: Path) -> None:
+    store = torch.distributed.FileStore(str(out / "store"), world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     measured = measure(
-        model(folder), IDS, range(5), dtype=torch.float32, device=CPU, batch=2, rank=rank, world=2
+        model(folder), IDS, range(5), dtype=torch.float32, device=CPU, batch=2, rank=rank, world=world
     )
     np.save(out / f"{rank}.npy", measured.losses)
     torch.distributed.destroy_process_group()

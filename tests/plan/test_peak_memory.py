@@ -27,6 +27,7 @@ from minitron_ray.models.families import family_of
 from minitron_ray.plan import Layout, Memory
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import initialized, skeleton
+from tests.processes import begin_group
 
 CPU = torch.device("cpu")
 VOCABULARY, HIDDEN, LIFTED, LAYERS, SEQUENCES = 1024, 96, 160, 6, 2
@@ -202,10 +203,10 @@ def test_what_one_process_takes(name: str) -> None:
     assert found < planned(ALONE[name]) < ABOVE * found
 
 
-def _rank(rank: int, out: Path) -> None:
+def _rank(rank: int, world: int, out: Path) -> None:
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(out / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    store = torch.distributed.FileStore(str(out / "store"), world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     found = {name: measured(case, rank) for name, case in TOGETHER.items()}
     if rank == 0:
         (out / "found.json").write_text(json.dumps(found))
@@ -216,7 +217,7 @@ def _rank(rank: int, out: Path) -> None:
 def of_a_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """Of rank 0 of two real processes under gloo."""
     out = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, args=(out,), nprocs=2)
+    begin_group(_rank, 2, out)
     found: dict[str, dict[str, int]] = json.loads((out / "found.json").read_text())
     return found
 

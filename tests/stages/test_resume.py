@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -27,6 +26,7 @@ from minitron_ray.search.space import Candidate
 from minitron_ray.stages.distill_job import DistillJob, distill_worker
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.checkpoint import Checkpoint
+from tests.processes import begin_group
 from tests.settings import setting_of
 
 STEPS, EVERY, BATCH, LENGTH = 14, 4, 4, 32
@@ -119,14 +119,6 @@ def _rank(rank: int, world: int, job: DistillJob, at: int, what: str, limit: int
             json.dumps(ended if isinstance(ended, dict) else {"again": ended.reason})
         )
     torch.distributed.destroy_process_group()
-
-
-def begin_group(function: Callable[..., None], world: int, *arguments: Any) -> None:
-    """Forks the workers from a process that has imported what they need, and has no threads yet."""
-    multiprocessing.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama"])
-    torch.multiprocessing.start_processes(
-        function, args=(world, *arguments), nprocs=world, start_method="forkserver"
-    )
 
 
 @pytest.fixture
