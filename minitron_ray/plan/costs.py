@@ -199,7 +199,7 @@ class _Costs:
             what=f"{shapes} undistilled cuts on {tokens // self.length} validation sequences",
             tokens=shapes * tokens,
             flops=float(tokens * sum(self._forward(arch) for arch in self.students[:shapes])),
-            memory_bytes=self.memory.measuring(self.largest),
+            memory_bytes=self.memory.scored_cut(self.largest, self.layout.trial_workers),
         )
 
     def _search(self) -> StageCost:

@@ -24,7 +24,7 @@ VERSIONS: Final = MappingProxyType(
         "teacher": 2,
         "zero_shot": 1,
         "search": 2,
-        "baselines": 2,
+        "baselines": 3,
         "distill": 3,
         "evaluate": 2,
         "export": 1,

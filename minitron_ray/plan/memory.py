@@ -166,15 +166,18 @@ class Memory:
         return (value + (4 if passes > 1 else 0)) * parameters, last
 
     def teaching(self, teacher: Architecture, group: int | None, student: Architecture) -> int:
-        """A teacher that runs beside a `student` of so many workers, as `training` has them: whole, or a shard,
-        with its embeddings and two layers, which come back for a pass. And its final hidden states, twice: the
-        loss takes them without each last one."""
+        """A teacher that runs beside a `student` of so many workers, as `training` has them: whole, or a shard.
+        And its final hidden states, twice: the loss takes them without each last one."""
         whole, states = self.weights(teacher), 2 * self.tokens * teacher.hidden * BYTES[self.value]
         if group is None or group == 1 or not self._spreads(whole, group, student):
             return whole + states
-        outside = self.family.embedding_parameters(teacher)
-        layer = (self.family.parameters(teacher) - outside) // teacher.layers
-        return whole // group + (outside + 2 * layer) * BYTES[self.value] + states
+        return self._shard(teacher, group) + states
+
+    def _shard(self, arch: Architecture, group: int) -> int:
+        """Of a model that only runs forward: with its embeddings and two layers, which come back for a pass."""
+        outside = self.family.embedding_parameters(arch)
+        layer = (self.family.parameters(arch) - outside) // arch.layers
+        return self.weights(arch) // group + (outside + 2 * layer) * BYTES[self.value]
 
     def _spreads(self, whole: int, group: int, student: Architecture) -> bool:
         """Where the student's weights are there already, as the run decides it. With memory that is not known
@@ -189,3 +192,8 @@ class Memory:
         """A student that is measured: float32 weights, their copy under bfloat16, a chunk of logits."""
         copies = 4 if self.value == "float32" else 4 + BYTES[self.value]
         return self.family.parameters(student) * copies + self.logits
+
+    def scored_cut(self, student: Architecture, group: int = 1) -> int:
+        """An undistilled student that only runs forward, shared by so many workers; a chunk of logits."""
+        whole = self.weights(student) if group == 1 else self._shard(student, group)
+        return whole + self.logits

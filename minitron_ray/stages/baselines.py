@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from minitron_ray.plan import Plan
 from minitron_ray.results.store import Store
 from minitron_ray.search.baselines import BASELINES, Baseline, affordable, best_of, drawn, largest
-from minitron_ray.search.space import CandidateRow
+from minitron_ray.search.space import Candidate, CandidateRow
 from minitron_ray.stages.choice import search_rows
 from minitron_ray.stages.context import Context
-from minitron_ray.stages.entrant import Bench, Entrant, Row, score_cut, train_entrant
+from minitron_ray.stages.entrant import Bench, Entrant, Row, train_entrant
 from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.setting import Setting
+from minitron_ray.stages.undistilled import Cuts, score_on
 
 SEARCH: Final = "search"
 OF_THE_WINNER: Final[tuple[Baseline, ...]] = ("magnitude", "scratch")
@@ -47,7 +49,7 @@ def run(
     entrants = list(_entrants(context, plan, bench, winner))
     missing, copies = _to_do(entrants, bench.store)
     if missing:
-        _spread(context, train_entrant, missing, bench, len(missing) * bench.tokens)
+        _train(context, missing, bench)
     for entrant in copies:
         _copy(bench, entrant)
     shutil.rmtree(bench.states, ignore_errors=True)  # of another winner's, too
@@ -63,12 +65,10 @@ def forget_other_winners(plan: Plan, bench: Bench, winner: str) -> None:
                 bench.clear(Entrant(origin=origin, shape=shapes[name]))
 
 
-def _spread(
-    context: Context, work: Callable[..., None], entrants: list[Entrant], bench: Bench, total: int
-) -> None:
-    """`work` on every entrant: a worker for each, or a group as a search trial has."""
+def _train(context: Context, entrants: list[Entrant], bench: Bench) -> None:
+    """Each by a worker, or a group as a search trial has."""
     spread = context.cluster.map if bench.group is None else context.cluster.map_groups
-    spread(work, entrants, bench, total)
+    spread(train_entrant, entrants, bench, len(entrants) * bench.tokens)
     context.check_stop()
 
 
@@ -109,9 +109,18 @@ def _best_of_the_largest(context: Context, plan: Plan, bench: Bench) -> Candidat
     shapes = largest(plan.feasible, non_embedding=budget.count == "non_embedding")
     entrants = [Entrant(origin="largest_first", shape=shape) for shape in shapes]
     known = _undistilled(bench.store)
-    missing = [entrant for entrant in entrants if entrant.candidate_id not in known]
+    missing = {one.candidate_id: one for one in entrants if one.candidate_id not in known}
     if missing:
-        _spread(context, score_cut, missing, bench, len(missing))
+        cuts = Cuts(
+            setting=bench.setting,
+            scores=bench.scores,
+            stage="baselines",
+            total=len(missing),
+            write=partial(write_cut, bench, missing),
+            group=bench.group,
+        )
+        score_on(context.cluster, [one.shape.candidate for one in missing.values()], cuts)
+        context.check_stop()
     losses = _undistilled(bench.store)
     best = best_of(shapes, losses)
     for entrant in entrants:
@@ -119,6 +128,12 @@ def _best_of_the_largest(context: Context, plan: Plan, bench: Bench) -> Candidat
             loss = losses[entrant.candidate_id]
             bench.write(entrant, entrant.trial_row(0, "stopped", val_loss=loss))
     return best
+
+
+def write_cut(bench: Bench, entrants: Mapping[str, Entrant], candidate: Candidate, loss: float) -> None:
+    """The only row of its trial so far; `entrants` by candidate."""
+    entrant = entrants[candidate.id]
+    bench.write(entrant, entrant.trial_row(0, "running", val_loss=loss))
 
 
 def _undistilled(store: Store) -> dict[str, float | None]:

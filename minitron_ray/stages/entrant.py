@@ -169,26 +169,6 @@ class Bench:
             self.write(entrant, kept | {"origin": entrant.origin, "cohort": None, "copied": True})
 
 
-def score_cut(entrant: Entrant, bench: Bench, total: int, report: Callable[..., None]) -> None:
-    """In a worker: the loss of an undistilled cut, as the only row of its trial so far."""
-    if bench.group is None:
-        loss = _scored(entrant, bench, bench.setting.share())
-    else:
-        loss = run_group_in_trial(bench.group, score_in_group, (entrant, bench), report)
-    bench.write(entrant, entrant.trial_row(0, "running", val_loss=loss))
-    report("stage_progress", stage="baselines", done=1, total=total, unit="cuts")
-
-
-def score_in_group(job: tuple[Entrant, Bench], worker: Worker) -> float:
-    """On every rank: the same, of the loss alone."""
-    entrant, bench = job
-    return _scored(entrant, bench, bench.setting.share(worker.rank, worker.world, worker.device))
-
-
-def _scored(entrant: Entrant, bench: Bench, share: Share) -> float:
-    return bench.setting.measure(bench.student(entrant, share), share).loss
-
-
 def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Callable[..., None]) -> None:
     """In a worker: train one student and write its rows, from the last rung of an attempt that was killed.
     One that cannot be trained ends as failed."""

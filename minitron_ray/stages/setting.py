@@ -118,15 +118,29 @@ class Setting:
         where it would take more than a tenth of the memory that the fullest of their devices has free."""
         if not self._spreads_teacher(share):
             return OnlineTeacher(self.teacher(share), self.vocabulary)
-        checkpoint, sharding = self.teacher_checkpoint, FrozenSharding(share.world, share.device)
-        model = build(
-            checkpoint.config, checkpoint, dtype=share.dtype, device=share.device, each_layer=sharding.layer
+        checkpoint = self.teacher_checkpoint
+        return OnlineTeacher(self._spread(checkpoint.config, checkpoint, share), self.vocabulary)
+
+    def _spread(
+        self, config: Mapping[str, Any], tensors: Checkpoint | Mapping[str, torch.Tensor], share: Share
+    ) -> Headless:
+        """A model that only runs forward, over the devices of all ranks of `share`, which must all call."""
+        sharding = FrozenSharding(share.world, share.device)
+        model = self.headless(
+            build(config, tensors, dtype=share.dtype, device=share.device, each_layer=sharding.layer)
         )
-        teacher = self.headless(model)
-        head = teacher.head
+        head = model.head
         assert isinstance(head, torch.nn.Parameter)
-        sharding.rest(teacher, head)
-        return OnlineTeacher(teacher, self.vocabulary)
+        sharding.rest(model, head)
+        return model
+
+    def undistilled(self, candidate: Candidate, scores: Scores, share: Share) -> Headless:
+        """A cut that only runs forward, in the precision of the computation: over the devices of all ranks of
+        `share`, which must all call, where there are several."""
+        config, tensors = self.cut(candidate, scores, share.dtype)
+        if share.world > 1:
+            return self._spread(config, tensors, share)
+        return self.headless(build(config, tensors, dtype=share.dtype, device=share.device))
 
     def _spreads_teacher(self, share: Share) -> bool:
         if share.world == 1 or self.engine.teacher != "auto":

@@ -2,26 +2,24 @@
 
 A pass over a few sequences costs a small part of a trial. Distillation changes the ranks, so this
 seeds the search and decides nothing. Each cut is written as it is scored: after a kill only those that
-are not there yet are. A cut runs forward alone, in the precision of the computation, so it takes less
-than the teacher, which one device holds whole: it needs no group of processes where its training does.
+are not there yet are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from minitron_ray.core.errors import MinitronError
-from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import Plan
 from minitron_ray.results.store import Store
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.importance import read_scores
-from minitron_ray.stages.scoring import shares
 from minitron_ray.stages.setting import Setting
-from minitron_ray.weights.model import build
+from minitron_ray.stages.undistilled import Cuts, score_on
 
 Item = TypeVar("Item")
 
@@ -36,8 +34,16 @@ def run(context: Context, plan: Plan, setting: Setting) -> tuple[dict[str, Any],
     known = scored(store, sequences)
     missing = [candidate for candidate in candidates if candidate.id not in known]
     if missing:
-        parts = shares(missing, context.cluster.workers())
-        context.cluster.map(score, parts, setting, read_scores(context), store, sequences, len(missing))
+        cuts = Cuts(
+            setting=setting,
+            scores=read_scores(context),
+            stage="zero_shot",
+            total=len(missing),
+            write=partial(write, store, sequences),
+            group=context.cluster.trial_group(),
+            sequences=sequences,
+        )
+        score_on(context.cluster, missing, cuts)
         context.check_stop()
         known = scored(store, sequences)
     losses = {candidate.id: known[candidate.id] for candidate in candidates}
@@ -76,26 +82,11 @@ def evenly(items: Sequence[Item], most: int) -> list[Item]:
     return [items[len(items) * number // count] for number in range(count)]
 
 
-def score(
-    candidates: list[Candidate],
-    setting: Setting,
-    scores: Scores,
-    store: Store,
-    sequences: int,
-    total: int,
-    report: Callable[..., None],
-) -> None:
-    """In a worker: writes the loss of each candidate's cut, null where it is not finite."""
-    share = setting.share()
-    for done, candidate in enumerate(candidates, start=1):
-        config, tensors = setting.cut(candidate, scores, share.dtype)
-        model = build(config, tensors, dtype=share.dtype, device=share.device, trainable=False)
-        cut = setting.headless(model)
-        loss = setting.measure(cut, share, first=sequences).loss
-        row = {
-            "candidate_id": candidate.id,
-            "val_loss": loss if math.isfinite(loss) else None,
-            "sequences": sequences,
-        }
-        store.append("zero_shot", [row], writer=f"zero_shot-{candidate.id}", sequence=0)
-        report("stage_progress", stage="zero_shot", done=done, total=total, unit="cuts")
+def write(store: Store, sequences: int, candidate: Candidate, loss: float) -> None:
+    """The row of a cut that was scored on so many sequences; null where the loss is not finite."""
+    row = {
+        "candidate_id": candidate.id,
+        "val_loss": loss if math.isfinite(loss) else None,
+        "sequences": sequences,
+    }
+    store.append("zero_shot", [row], writer=f"zero_shot-{candidate.id}", sequence=0)

@@ -201,6 +201,10 @@ def test_zero_shot_and_baselines() -> None:
         "search.zero_shot={shapes: 5, sequences: 2}",
     )
     assert stage(plan, "zero_shot").tokens == 5 * 2 * 256
+    held = [stage(plan, "zero_shot", layout=Layout(trial_workers=count)).memory_bytes for count in (1, 2, 4)]
+    weights = 4 * max(row.parameters for row in plan.feasible)
+    saved = held[1] - held[2]  # of what goes around, embeddings and two layers are whole on each
+    assert saved == pytest.approx(weights / 4, abs=1) and held[0] > held[1]
     spent = stage(plan, "search").tokens
     trained = -(-spent // 16384) + 1
     assert stage(plan, "baselines").tokens == trained * 16384

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,12 @@ from minitron_ray.plan import make_plan
 from minitron_ray.results.cache import Cache
 from minitron_ray.results.store import Store
 from minitron_ray.search.baselines import Baseline
-from minitron_ray.stages.baselines import endings, forget_other_winners
-from minitron_ray.stages.entrant import (
-    Bench,
-    Entrant,
-    score_cut,
-    score_in_group,
-    train_entrant,
-    train_in_group,
-)
+from minitron_ray.stages.baselines import endings, forget_other_winners, write_cut
+from minitron_ray.stages.entrant import Bench, Entrant, train_entrant, train_in_group
 from minitron_ray.stages.prepare import prepare
 from minitron_ray.stages.trial import Objective
+from minitron_ray.stages.undistilled import Cuts, score
+from tests.processes import begin_group
 
 FIGURES = ("tokens", "val_loss", "val_divergence", "train_loss", "final", "status")
 
@@ -188,7 +184,15 @@ def test_magnitude_keeps_the_neurons_of_largest_norm(
 def test_a_cut_is_scored_as_the_trial_measures_it_first(bench: tuple[Bench, dict[str, Any]]) -> None:
     bench_, shapes = bench
     shape = next(iter(shapes.values()))
-    score_cut(Entrant(origin="largest_first", shape=shape), bench_, 1, Told())
+    entrant = Entrant(origin="largest_first", shape=shape)
+    cuts = Cuts(
+        setting=bench_.setting,
+        scores=bench_.scores,
+        stage="baselines",
+        total=1,
+        write=partial(write_cut, bench_, {entrant.candidate_id: entrant}),
+    )
+    score([shape.candidate], cuts, Told())
     [scored] = bench_.store.read("trials").to_pylist()
     assert scored["rung"] == scored["tokens"] == 0 and not scored["final"]
     rows, _ = trained(bench_, "largest_first", shape)
@@ -240,14 +244,14 @@ def test_one_that_is_killed_goes_on_from_its_last_rung(
     assert not bench_.folder(entrant).exists() and not whole.folder(entrant).exists()
 
 
-def _rank(rank: int, bench: Bench, entrants: list[Entrant], out: Path) -> None:
-    file = torch.distributed.FileStore(str(out / "rendezvous"), 2)
-    torch.distributed.init_process_group("gloo", store=file, rank=rank, world_size=2)
+def _rank(rank: int, world: int, bench: Bench, entrants: list[Entrant], out: Path) -> None:
+    file = torch.distributed.FileStore(str(out / "rendezvous"), world)
+    torch.distributed.init_process_group("gloo", store=file, rank=rank, world_size=world)
 
     def worker(killed_at: int | None = None) -> Worker:
         told = Told(killed_at)
         return Worker(
-            rank=rank, world=2, device=torch.device("cpu"), report=told, stop_requested=lambda: False
+            rank=rank, world=world, device=torch.device("cpu"), report=told, stop_requested=lambda: False
         )
 
     for entrant in entrants:
@@ -256,7 +260,6 @@ def _rank(rank: int, bench: Bench, entrants: list[Entrant], out: Path) -> None:
         resumed = worker()
         train_in_group((entrant, bench, 1024), resumed)
         assert resumed.report.steps == [640, 768, 896, 1024]  # type: ignore[attr-defined]
-    np.save(out / f"{rank}.npy", score_in_group((entrants[0], bench), worker()))
     torch.distributed.destroy_process_group()
 
 
@@ -271,7 +274,7 @@ def test_a_group_leaves_the_rows_that_one_process_leaves(
     size = GroupSize(workers=2, each=Resources(cpus=1), storage=tmp_path)
     store, states = Store(tmp_path / "group", "x", "1"), tmp_path / "shards"
     group = replace(alone, group=size, store=store, states=states)
-    torch.multiprocessing.spawn(_rank, args=(group, entrants, tmp_path), nprocs=2)
+    begin_group(_rank, 2, group, entrants, tmp_path)
     for entrant in entrants:
         rows, _ = trained(alone, entrant.origin, shape)
         others = [row for row in group.store.read("trials").to_pylist() if row["origin"] == entrant.origin]
@@ -280,10 +283,6 @@ def test_a_group_leaves_the_rows_that_one_process_leaves(
             assert all(other[name] == pytest.approx(row[name], abs=1e-4) for name in FIGURES)
         ours, theirs = losses_of(alone, entrant.subject), losses_of(group, entrant.subject)
         assert ours == pytest.approx(theirs, abs=1e-4)
-    scores = [float(np.load(tmp_path / f"{rank}.npy")) for rank in range(2)]
-    first = min(losses_of(alone, entrants[0].subject))[0]
-    undistilled = [x for (tokens, _), x in losses_of(alone, entrants[0].subject).items() if tokens == first]
-    assert first == 0 and scores == pytest.approx([np.mean(undistilled)] * 2, abs=1e-5)
 
 
 def test_what_stood_beside_another_winner_is_dropped(bench: tuple[Bench, dict[str, Any]]) -> None:
