@@ -8,7 +8,6 @@ on a CPU the loss goes through them a few rows at a time, which stay in the proc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -16,12 +15,10 @@ from torch import Tensor
 
 from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.targets import SparseTargets
-from minitron_ray.weights.vocabulary import capped, common_rows
+from minitron_ray.weights.vocabulary import capped, common_rows, row_slices
 
 _CHUNK: Final = {"cpu": 2**23, "cuda": 2**27}
 """Logits of one model held at once: 32 MiB in float32 on a CPU, 512 MiB on a GPU."""
-_ROWS: Final = {"cpu": 2**18}
-"""Logits that the loss sees at once: on a CPU the megabyte of each buffer stays in the cache."""
 
 
 class _FusedHead(torch.autograd.Function):
@@ -69,7 +66,6 @@ class _Pass:
             self._teacher_states, self._teacher_head = teacher_hidden, teacher_head.to(dtype)
         size = _CHUNK.get(hidden.device.type, _CHUNK["cpu"]) // len(head)
         self._chunk = max(1, min(len(hidden), max(64, size)))
-        self._rows = max(1, _ROWS[hidden.device.type] // len(head)) if hidden.device.type in _ROWS else None
 
     def run(self, training: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Each token's loss, float32, and the gradients of their sum by hidden states and head, float32."""
@@ -87,7 +83,7 @@ class _Pass:
             theirs = None
             if others is not None and self._teacher_states is not None and self._teacher_head is not None:
                 theirs = _logits(self._teacher_states[part].to(head.dtype), self._teacher_head, others)
-            for rows in _slices(len(own), self._rows):
+            for rows in row_slices(len(own), len(head), own.device):
                 at = slice(start + rows.start, start + rows.stop)
                 values[at] = self._loss_of(own[rows], None if theirs is None else theirs[rows], at, training)
             if training:
@@ -111,13 +107,6 @@ class _Pass:
         if training:
             raw.copy_(gradient if slope is None else gradient * slope)
         return values
-
-
-def _slices(count: int, size: int | None) -> Iterator[slice]:
-    """All of `count` rows in slices of at most `size`; None is one slice."""
-    step = size or max(1, count)
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
 
 
 def _logits(states: Tensor, head: Tensor, buffer: Tensor) -> Tensor:

@@ -66,13 +66,3 @@ def by_logits(probabilities: Tensor, gradient: Tensor, temperature: float) -> Te
     gradient = gradient.mul_(probabilities)
     gradient.addcmul_(probabilities, gradient.sum(-1, keepdim=True), value=-1.0)
     return gradient if temperature == 1.0 else gradient.div_(temperature)
-
-
-def distribution(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities (tokens, vocabulary) and the logarithm of each row's sum of exponentials (tokens,).
-
-    log p = logit - log sum: one pass of exponentials for both, where log_softmax and exp make two.
-    """
-    probabilities = logits.softmax(-1)
-    # The likeliest has at least 1 / vocabulary, so that its logarithm is exact.
-    return probabilities, logits.amax(-1) - probabilities.amax(-1).log()

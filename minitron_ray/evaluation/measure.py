@@ -96,11 +96,12 @@ def measure(
         hidden = None
         if teacher_hidden is not None:
             hidden = teacher_hidden([int(i) for i in indices[rows.start : rows.stop]], ids)
+        # The teacher does not diverge from itself: that needs no second projection and softmax.
         use = partial(
             sequence_scores,
             input_ids=ids,
-            teacher_hidden=hidden,
-            teacher_head=teacher_head,
+            teacher_hidden=None if subject is None else hidden,
+            teacher_head=None if subject is None else teacher_head,
             dtype=dtype,
             softcap=teacher_softcap if subject is None else subject.softcap,
             teacher_softcap=teacher_softcap,

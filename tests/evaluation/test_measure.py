@@ -25,7 +25,7 @@ def model(folder: Path) -> Headless:
     return Headless(build(checkpoint.config, checkpoint, dtype=torch.float32, device=CPU, trainable=False))
 
 
-def run(subject: Headless, batch: int, teacher: OnlineTeacher | None = None) -> Measurement:
+def run(subject: Headless | None, batch: int, teacher: OnlineTeacher | None = None) -> Measurement:
     return measure(
         subject,
         IDS,
@@ -62,6 +62,15 @@ def test_a_model_does_not_diverge_from_itself_and_a_damaged_one_does(tiny_llama:
         damaged.model.model.layers[0].mlp.up_proj.weight.zero_()
     divergences = run(damaged, 2, teacher).divergences
     assert divergences is not None and (divergences > 1e-3).all()
+    np.testing.assert_array_equal(run(damaged, 2, teacher).losses, run(damaged, 2).losses)
+
+
+def test_the_teacher_itself_is_measured_by_its_hidden_states(tiny_llama: Path) -> None:
+    """As a subject it is the same model, which diverges from the teacher by nothing at all."""
+    teacher = OnlineTeacher(model(tiny_llama))
+    own = run(None, 2, teacher)
+    np.testing.assert_array_equal(own.losses, run(model(tiny_llama), 2).losses)
+    assert own.divergences is not None and not own.divergences.any() and len(own.divergences) == len(IDS)
 
 
 def test_shares_of_two_ranks_make_up_the_whole(tiny_llama: Path, tmp_path: Path) -> None:

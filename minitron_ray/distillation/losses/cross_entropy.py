@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from minitron_ray.distillation.loss import DistillationLoss, distribution
+from minitron_ray.distillation.loss import DistillationLoss
+from minitron_ray.weights.softmax import distribution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ class CrossEntropy(DistillationLoss):
     ) -> tuple[Tensor, Tensor]:
         gradient, log_sum = distribution(student)
         index = labels[:, None]
-        value = log_sum - student.gather(-1, index)[:, 0]
+        value = (log_sum - student.gather(-1, index)[:, 0]).to(student.dtype)
         gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
         return value, gradient
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from minitron_ray.distillation.loss import DistillationLoss, distribution
+from minitron_ray.distillation.loss import DistillationLoss
+from minitron_ray.weights.softmax import distribution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,7 @@ class ForwardKL(DistillationLoss):
         gradient, student_sum = distribution(student)
         probabilities, teacher_sum = distribution(teacher)
         # Of log p - log q the logarithms of the sums leave the mean over p.
-        value = vecdot(probabilities, teacher.sub_(student)).add_(student_sum).sub_(teacher_sum)
+        value = vecdot(probabilities, teacher.sub_(student)).add_(student_sum - teacher_sum)
         gradient.sub_(probabilities)
         return value, gradient if self.temperature == 1.0 else gradient.div_(self.temperature)
 
@@ -50,7 +51,7 @@ class ForwardKL(DistillationLoss):
             raise ValueError(f"{self.kind} {self.refuses_sparse}")
         ids, probabilities = targets.ids, targets.probabilities
         gradient, log_sum = distribution(student)
-        value = (probabilities * (log_sum[:, None] - student.gather(-1, ids))).sum(-1)
+        value = (probabilities * (log_sum[:, None] - student.gather(-1, ids))).sum(-1).to(student.dtype)
         # xlogy(p, p) is p log p, and 0 at 0.
         own = targets.entropy
         value += probabilities.xlogy(probabilities).sum(-1) if own is None else -own
