@@ -204,23 +204,24 @@ class _Costs:
 
     def _search(self) -> StageCost:
         retrain, trials = self.experiment.searched.retrain, self.trials
-        tokens, flops = 0, sum(self._measured(arch) for arch in self.students[:trials])
+        tokens, trained = 0, 0.0
+        measured = sum(self._measured(arch) for arch in self.students[:trials])
         for reached, start, end in self._segments():
             tokens += reached * (end - start)
-            flops += sum(
-                (end - start) * self._trained(arch, retrain) + self._measured(arch)
-                for arch in self.students[:reached]
-            )
+            students, last = self.students[:reached], end == self.rungs[-1]
+            trained += sum((end - start) * self._trained(arch, retrain) for arch in students)
+            measured += sum(self._measured(arch, compared=last) for arch in students)
         what = f"{trials} trials of {format_count(self.rungs[-1])} tokens"
         if self.experiment.searched.halving is not None:
             what += f", of which {self.reached[-1]} go to the end"
+        what += f"; {measured / (trained + measured):.0%} of this is measuring them"
         ties = trials * self.rungs[-1] - tokens if self.ties else 0
         return StageCost(
             stage="search",
             what=what + _more(ties),
             tokens=tokens,
             tie_tokens=ties,
-            flops=flops,
+            flops=trained + measured,
             memory_bytes=self._trial_bytes,
             disk_bytes=CHECKPOINT_BYTES * self.family.parameters(self.largest) * self._checkpoints(),
         )
@@ -248,7 +249,9 @@ class _Costs:
         count = sum(lot if name == "random" else 1 for name in search.baselines)
         students = [self.students[place % len(self.students)] for place in range(count)]
         flops = sum(
-            each * self._trained(arch, search.retrain) + (len(self.rungs) + 1) * self._measured(arch)
+            each * self._trained(arch, search.retrain)
+            + 2 * self._measured(arch)
+            + (len(self.rungs) - 1) * self._measured(arch, compared=False)
             for arch in students
         )
         # Each goes from rung to rung by itself, at most all of them at a time.
@@ -260,7 +263,7 @@ class _Costs:
             what=f"{', '.join(named)}: {_students(count)}, {format_count(each)} tokens each" + _more(ties),
             tokens=count * each,
             tie_tokens=ties,
-            flops=flops + sum(self._measured(arch) for arch in self.students[:scored]),
+            flops=flops + sum(self._measured(arch, compared=False) for arch in self.students[:scored]),
             memory_bytes=self._trial_bytes,
             disk_bytes=CHECKPOINT_BYTES * self.family.parameters(self.largest) * waiting,
         )
@@ -297,7 +300,7 @@ class _Costs:
             whom = f"teacher and {_students(students)}" if students else "teacher, from its signal"
         else:
             whom = "teacher, cut and distilled student" if distilled else "teacher and cut"
-        own = self.validation * 2 * head_flops(self.teacher)
+        own = self.validation * head_flops(self.teacher)
         if self.online:
             own = self.validation * (forward_flops(self.family, self.teacher, self.length))
         measured = self.students[: self.kept]
@@ -336,10 +339,13 @@ class _Costs:
         beside = self.signal.each / retrain.tokens if retrain.needs_teacher else 0
         return training_flops(self.family, student, self.length) + beside
 
-    def _measured(self, student: Architecture) -> float:
-        """Operations of one measurement: the student, and of the teacher its head or all of it."""
-        whole = forward_flops(self.family, self.teacher, self.length)
-        beside = whole if self.online else head_flops(self.teacher)
+    def _measured(self, student: Architecture, *, compared: bool = True) -> float:
+        """Operations of one measurement: the student, and where it is compared with the teacher that one's
+        head or all of it."""
+        beside = 0
+        if compared:
+            whole = forward_flops(self.family, self.teacher, self.length)
+            beside = whole if self.online else head_flops(self.teacher)
         return float(self.validation * (self._forward(student) + beside))
 
     @cached_property

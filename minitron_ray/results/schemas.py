@@ -108,7 +108,10 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
             rung=(_INT, "0 for the undistilled cut, then one a rung"),
             tokens=(_INT, "distillation tokens seen"),
             val_loss=(_REAL, "cross entropy on the validation sequences"),
-            val_divergence=(_REAL, "KL(teacher || student) on the validation sequences"),
+            val_divergence=(
+                _REAL,
+                "KL(teacher || student) on the validation sequences, at rung 0 and after all tokens; null between",
+            ),
             train_loss=(_REAL, "mean distillation loss since the rung before"),
             final=(_BOOL, "whether the trial ended with this rung"),
             status=(_TEXT, "running, completed, stopped (by halving, or scored only) or failed"),

@@ -40,6 +40,7 @@ class RungResult:
     """0 for the student as it was given."""
     val_loss: float
     val_divergence: float | None
+    """KL(teacher || student), of the student as it was given and at the last rung; None between."""
     train_loss: float | None
     """Mean distillation loss since the rung before; None at the first."""
     losses: tuple[float, ...]
@@ -144,7 +145,10 @@ class _Retraining:
                 return
 
     def _rung(self, step: int, final: bool) -> None:
-        measured = self._setting.measure(self._student, self._share, self._teacher)
+        # Between the cut and the end halving goes by the loss; nothing reads the divergence, which takes
+        # another projection and softmax, or a pass of the teacher.
+        teacher = self._teacher if final or not step else None
+        measured = self._setting.measure(self._student, self._share, teacher)
         if not math.isfinite(measured.loss):
             raise MinitronError(
                 f"validation loss {measured.loss} after {step} steps is not finite; lower learning_rate "

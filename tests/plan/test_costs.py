@@ -50,7 +50,8 @@ def test_the_search_is_trials_times_tokens_and_the_teachers_head() -> None:
 
 
 def test_a_trial_is_measured_before_its_first_step() -> None:
-    """12, 6 and 3 trials come to the three rungs of this file, and all 12 are measured as they were cut."""
+    """12, 6 and 3 trials come to the three rungs of this file, and all 12 are measured as they were cut. Where
+    the teacher's stored head takes part, at both ends, is told apart below."""
     fewer, more = (planned(*HALVED, f"data.validation={count}") for count in (8, 24))
     assert len({row.candidate.id for row in fewer.feasible}) > 12
     of_one = [planned(*ONE_TRIAL, f"data.validation={count}") for count in (8, 24)]
@@ -60,6 +61,29 @@ def test_a_trial_is_measured_before_its_first_step() -> None:
     plans = [planned("15b_to_8b", *ONE, "search.retrain.rungs=1", f"data.validation={n}") for n in (8, 24)]
     difference = stage(plans[1], "search").flops - stage(plans[0], "search").flops
     assert difference == pytest.approx(2 * 16 * 4096 * (48.17e9 / 3 + TEACHER_HEAD), rel=1e-3)
+
+
+@pytest.mark.parametrize(("signal", "beside"), [("final_hidden", TEACHER_HEAD), ("online", TEACHER)])
+def test_the_teacher_is_compared_with_at_both_ends_of_a_trial(signal: str, beside: float) -> None:
+    """And not at the first two of its three rungs, which leave that column of `trials` empty."""
+    one = ("15b_to_8b", *ONE[:2], f"search.signal.kind={signal}", "search.retrain.rungs=3")
+    plans = [planned(*one, f"data.validation={count}") for count in (8, 24)]
+    difference = stage(plans[1], "search").flops - stage(plans[0], "search").flops
+    assert difference == pytest.approx(16 * 4096 * (4 * 48.17e9 / 3 + 2 * beside), rel=1e-3)
+
+
+def test_the_teacher_measured_by_its_signal_takes_one_pass_of_its_head() -> None:
+    plan = planned("15b_to_8b", *ONE, "distill=null")
+    assert stage(plan, "evaluate").flops == pytest.approx(512 * 4096 * TEACHER_HEAD, rel=1e-3)
+
+
+def test_the_search_says_how_much_of_it_is_measuring() -> None:
+    """A measured token is a third of a trained one, and the teacher's head."""
+    override = ("search.retrain.rungs=1", "search.signal={kind: sampled}", "data.validation=51200")
+    plan = planned("15b_to_8b", *ONE[:2], *override)
+    trained, measured = 382 * 1152 * 48.17e9, 2 * 51200 * (48.17e9 / 3 + TEACHER_HEAD)
+    share = measured / (trained + measured)
+    assert f"; {share:.0%} of this is measuring them" in stage(plan, "search").what
 
 
 @pytest.mark.parametrize(
@@ -117,7 +141,8 @@ def test_ties_may_add_what_halving_saves() -> None:
     search, every = stage(tied, "search"), planned(*kept, "search.halving=null")
     assert search.tokens == stage(one, "search").tokens
     assert search.tokens + search.tie_tokens == stage(every, "search").tokens == 12 * 16384
-    assert search.what.endswith("3 go to the end; up to 98.3K tokens more where trials tie")
+    assert search.what.startswith("12 trials of 16.4K tokens, of which 3 go to the end; ")
+    assert search.what.endswith(" of this is measuring them; up to 98.3K tokens more where trials tie")
     all_kept = planned(*kept, "search.keep=12", "search.halving=null")
     for name in ("baselines", "distill", "evaluate"):
         cost = stage(tied, name)

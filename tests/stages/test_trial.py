@@ -83,6 +83,8 @@ def test_rungs_of_one_training(setting: Setting, whole: list[RungResult]) -> Non
     assert [rung.tokens for rung in whole] == [0, 256, 512, 1024]
     assert [rung.final for rung in whole] == [False, False, False, True]
     assert whole[0].train_loss is None and whole[-1].val_divergence < whole[0].val_divergence  # type: ignore[operator]
+    # Compared with the teacher as it was cut and at the end; halving goes by the loss.
+    assert [rung.val_divergence is None for rung in whole] == [False, True, True, False]
     for rung in whole:
         assert rung.val_loss == pytest.approx(np.mean(rung.losses)) and len(rung.losses) == 4
 
