@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,3 +142,14 @@ def test_latency_is_a_time_of_the_student_alone(setting: Setting) -> None:
     before = {name: value.clone() for name, value in student.state_dict().items()}
     assert 0 < latency(student, share, setting) < 10
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+def test_a_kept_state_leaves_the_process_as_it_was(setting: Setting, tmp_path: Path) -> None:
+    """It is written without checksums; what else is saved has them."""
+    file, before = tmp_path / "rung.pt", torch.serialization.get_crc32_options()
+    trained(setting, 3, file)
+    assert torch.serialization.get_crc32_options() is before is True
+    (tmp_path / f"other.pt.{os.getpid()}.partial").mkdir()
+    with pytest.raises(RuntimeError, match="Is a directory"):
+        trained(setting, 3, tmp_path / "other.pt")
+    assert torch.serialization.get_crc32_options() is True
