@@ -7,7 +7,7 @@ only read, and told in sections.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,8 +19,13 @@ from minitron_ray.results.store import Store
 Row = dict[str, Any]
 
 NONE: Final = "-"
+SEARCH: Final = "search"
 _FLIPS: Final = 5
 """Most of them that a report tells; the table `lessons` has more."""
+_FEWEST: Final = 4
+"""Candidates below which no tau is told: the orders of three agree in full by chance once in six."""
+_OVER: Final = ("search", "search and random", "random")
+"""Over whom ranks are compared, in the order shown."""
 _BASELINES: Final = {
     "random": "the best of {count} drawn by lot, each trained to the end, for the search's tokens in all",
     "largest_first": "of the ten largest shapes the one with the best undistilled cut",
@@ -145,26 +150,51 @@ def _front(found: Findings, names: Mapping[str, str]) -> Section:
 
 
 def _agreement(found: Findings) -> Section:
-    told: dict[tuple[str, str], Row] = {}
-    order = ("from_tokens", "to_tokens")
-    for row in sorted(
-        found.correlations,
-        key=lambda row: (row["comparing"] != "zero_shot", *(row[name] for name in order)),
-    ):
+    told: dict[tuple[str, str, str], Row] = {}
+    for row in sorted(found.correlations, key=_place):
         first = "zero-shot" if row["comparing"] == "zero_shot" else _rung(row["from_tokens"])
-        told.setdefault((first, _rung(row["to_tokens"])), row)
+        told.setdefault((first, _rung(row["to_tokens"]), _over(row)), row)
+    few = Counter(_over(row) for row in told.values() if row["candidates"] < _FEWEST)
+    notes = [
+        "over the candidates that were measured at both; of the search at later rungs only those that halving "
+        "did not stop"
+    ]
+    if any(_over(row) != SEARCH for row in told.values()):
+        notes.append(
+            "random: drawn by lot and all trained to the end, so the only ones that halving has not chosen; a "
+            "candidate that is among both counts once"
+        )
+    if few:
+        rows = ", ".join(f"{count} over {over}" for over, count in few.items())
+        notes.append(
+            f"no tau is told of fewer than {_FEWEST} candidates: left out {rows} (table rank_correlations)"
+        )
     return Section(
         title="Agreement of ranks (Kendall's tau-b)",
-        header=("ranks at", "and at", "tau", "p-value", "candidates"),
+        header=("ranks at", "and at", "over", "tau", "p-value", "candidates"),
         rows=tuple(
-            (first, last, f"{row['tau']:+.2f}", _chance(row["p_value"]), str(row["candidates"]))
-            for (first, last), row in told.items()
+            (*at, f"{row['tau']:+.2f}", _chance(row["p_value"]), str(row["candidates"]))
+            for at, row in told.items()
+            if row["candidates"] >= _FEWEST
         ),
-        words=frozenset({0, 1}),
-        notes=(
-            "over the candidates that were measured at both: those that halving stopped have no later rung",
-        ),
+        words=frozenset({0, 1, 2}),
+        notes=tuple(notes),
     )
+
+
+def _place(row: Row) -> tuple[bool, int, int, int]:
+    """Where a row of the table stands in the report."""
+    return (
+        row["comparing"] != "zero_shot",
+        row["from_tokens"],
+        row["to_tokens"],
+        _OVER.index(_over(row)),
+    )
+
+
+def _over(row: Row) -> str:
+    """Rows from before random baselines were counted are the search's."""
+    return row["over"] or SEARCH
 
 
 def _lessons(found: Findings, names: Mapping[str, str]) -> Section:

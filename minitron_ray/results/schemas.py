@@ -158,6 +158,11 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
             tau=(_REAL, "Kendall's tau-b of the candidates' losses at both"),
             p_value=(_REAL, "two-sided, of no agreement"),
             candidates=(_INT, "how many were measured at both"),
+            over=(
+                _TEXT,
+                "search (its trials: at late rungs those that halving let pass), random (shapes drawn by lot, all "
+                "trained to the end) or search and random (each candidate once); null is search",
+            ),
         ),
         "lessons": _schema(
             kind=(

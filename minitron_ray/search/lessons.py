@@ -22,6 +22,7 @@ _GOOD: Final = 0.25
 """Share of the trials that an axis is to explain, two at least (target quantile of PED-ANOVA)."""
 
 Comparing = Literal["rung", "last", "zero_shot"]
+Over = Literal["search", "search and random", "random"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,25 @@ def rank_agreements(courses: Sequence[Course], zero_shot: Mapping[str, float]) -
         found = agreement(guesses, [course.loss(tokens) for course in both])
         if found:
             yield RankAgreement(comparing="zero_shot", from_tokens=0, to_tokens=tokens, agreement=found)
+
+
+def populations(trials: Sequence[Course], drawn: Sequence[Course]) -> Iterator[tuple[Over, list[Course]]]:
+    """Over whom ranks can be compared: the search's trials, and where shapes were `drawn` by lot and trained to
+    the end, both together and those alone.
+
+    Trials at late rungs are those that halving let pass, which tells nothing of the others' ranks there;
+    only what was drawn alone is unselected. A candidate that is a trial and was drawn counts once, with the
+    course that has more rungs.
+    """
+    yield "search", list(trials)
+    if drawn:
+        merged = {course.candidate_id: course for course in trials}
+        for course in drawn:
+            known = merged.get(course.candidate_id)
+            if known is None or len(course.losses) > len(known.losses):
+                merged[course.candidate_id] = course
+        yield "search and random", [merged[name] for name in sorted(merged)]
+        yield "random", list(drawn)
 
 
 def size_lessons(courses: Sequence[Course], *, seed: int) -> Iterator[SizeLesson]:

@@ -24,6 +24,7 @@ from minitron_ray.search.lessons import (
     Course,
     flips,
     importances,
+    populations,
     rank_agreements,
     rungs_of,
     size_lessons,
@@ -83,8 +84,10 @@ def conclude(plan: Plan, store: Store) -> None:
             "tau": found.agreement.tau,
             "p_value": found.agreement.p_value,
             "candidates": found.agreement.n,
+            "over": over,
         }
-        for found in rank_agreements(courses, zero_shot)
+        for over, compared in populations(courses, _drawn(plan, store, known))
+        for found in rank_agreements(compared, zero_shot)
     ]
     written = {
         "comparisons": list(_comparisons(rows, known, seed)),
@@ -190,21 +193,30 @@ def _front(losses: Mapping[str, Losses], rows: list[Row], cost: Cost) -> dict[st
 
 
 def _courses(plan: Plan, rows: list[Row], known: Known) -> list[Course]:
-    """Every candidate of the search that ended, failed ones left out; rungs whose losses are finite."""
+    """Every candidate of the search that ended, failed ones left out."""
     ended = {row["candidate_id"] for row in rows if row["status"] in ("completed", "stopped")}
+    return [_course(plan, name, name, ("cut", "search"), known) for name in sorted(ended)]
+
+
+def _drawn(plan: Plan, store: Store, known: Known) -> list[Course]:
+    """The shapes drawn by lot that were trained to the end: by the trials' recipe, and never stopped."""
+    rows = store.read("trials").to_pylist()
+    ended = {r["candidate_id"] for r in rows if r["origin"] == "random" and r["status"] == "completed"}
+    return [_course(plan, name, f"random:{name}", ("baseline",), known) for name in sorted(ended)]
+
+
+def _course(plan: Plan, name: str, subject: str, phases: tuple[str, ...], known: Known) -> Course:
+    """Of the rungs whose losses are finite."""
     ratios = plan.experiment.searched.space.mlp.ratios if plan.experiment.searched.space.mlp else ()
-    return [
-        Course(
-            candidate_id=name,
-            sizes=_sizes(plan.candidate(name), ratios),
-            losses={
-                tokens: losses
-                for (subject, phase, tokens), losses in known.items()
-                if subject == name and phase in ("cut", "search") and np.isfinite(losses).all()
-            },
-        )
-        for name in sorted(ended)
-    ]
+    return Course(
+        candidate_id=name,
+        sizes=_sizes(plan.candidate(name), ratios),
+        losses={
+            tokens: losses
+            for (of, phase, tokens), losses in known.items()
+            if of == subject and phase in phases and np.isfinite(losses).all()
+        },
+    )
 
 
 def _sizes(candidate: Candidate, ratios: tuple[float, ...]) -> dict[str, float]:

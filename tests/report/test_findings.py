@@ -135,13 +135,31 @@ def test_a_tie_with_the_search_says_nothing_of_the_distilled(concluded: Run) -> 
 
 def test_agreement_of_ranks_tells_every_pair_of_rungs_once(concluded: Run) -> None:
     lines = part(shown(concluded, 120), "Agreement of ranks")
-    assert [line.split() for line in lines[3:7]] == [
-        ["zero-shot", "8.2K", "tokens", "-0.20", "0.810", "5"],
-        ["the", "cut", "4.1K", "tokens", "+0.67", "<", "0.001", "12"],
-        ["the", "cut", "8.2K", "tokens", "-0.33", "1.000", "3"],
-        ["4.1K", "tokens", "8.2K", "tokens", "+1.00", "0.333", "3"],
+    assert [line.split() for line in lines[3:5]] == [
+        ["zero-shot", "8.2K", "tokens", "search", "-0.20", "0.810", "5"],
+        ["the", "cut", "4.1K", "tokens", "search", "+0.67", "<", "0.001", "12"],
     ]
-    assert lines[7].startswith("over the candidates that were measured at both")
+    assert lines[5].startswith("over the candidates that were measured at both")
+    assert lines[6] == (
+        "no tau is told of fewer than 4 candidates: left out 2 over search (table rank_correlations)"
+    )
+    assert "+1.00" not in "".join(lines) and len(lines) == 7
+
+
+def test_agreement_of_ranks_is_told_of_whom_it_is_over(concluded: Run) -> None:
+    """Rows of one pair stand together; the search's own has too few candidates at the last rung."""
+    more = [
+        {"comparing": "last", "from_tokens": 0, "to_tokens": 8192, "tau": tau, "p_value": 0.5}
+        | {"candidates": count, "over": over}
+        for over, tau, count in [("random", 0.667, 4), ("search and random", 0.467, 6)]
+    ]
+    concluded.store.append("rank_correlations", more, writer="conclusion", sequence=1)
+    lines = part(shown(concluded, 80), "Agreement of ranks")
+    assert [line.split()[-6:] for line in lines[5:7]] == [
+        ["search", "and", "random", "+0.47", "0.500", "6"],
+        ["8.2K", "tokens", "random", "+0.67", "0.500", "4"],
+    ]
+    assert lines[8].startswith("random: drawn by lot and all trained to the end")
 
 
 def test_lessons_are_of_the_rung_that_most_trials_reached(concluded: Run) -> None:
@@ -203,7 +221,7 @@ def test_baselines_are_not_ranked_among_the_trials(concluded: Run) -> None:
 def test_sections_fit_the_width_and_cut_nothing(concluded: Run, width: int) -> None:
     lines = shown(concluded, width)
     start = lines.index("Agreement of ranks (Kendall's tau-b)")
-    tables = [line for line in lines[start:] if not line.startswith(("over the", "flipped"))]
+    tables = [line for line in lines[start:] if not line.startswith(("over the", "no tau", "flipped"))]
     assert max(map(len, tables)) <= width
     assert not any("…" in line for line in lines)
 
@@ -233,7 +251,7 @@ def test_json_has_the_rows_and_markdown_the_sections(concluded: Run, results: Pa
     text = call("--md")
     for title in ("Baselines", "Agreement of ranks", "Lessons"):
         assert f"\n### {title}" in text
-    assert "| zero-shot | 8.2K tokens | -0.20 | 0.810 | 5 |" in text
+    assert "| zero-shot | 8.2K tokens | search | -0.20 | 0.810 | 5 |" in text
 
 
 def test_a_run_from_before_these_tables_reads_as_it_did(make_run: MakeRun) -> None:

@@ -14,6 +14,7 @@ from minitron_ray.search.lessons import (
     axes_of,
     flips,
     importances,
+    populations,
     rank_agreements,
     size_lessons,
 )
@@ -109,6 +110,19 @@ def test_ranks_between_rungs_over_those_that_reached_both() -> None:
         ("zero_shot", 0, 10): (1.0, 3),
         ("zero_shot", 0, 20): (pytest.approx((1 - 2) / 3), 3),
     }
+
+
+def test_a_candidate_that_is_a_trial_and_drawn_counts_once_with_its_longer_course() -> None:
+    trials = [course("a", {0: 5.0, 10: 4.0, 20: 3.0}), course("b", {0: 5.1, 10: 4.1})]
+    drawn = [course("a", {0: 5.0, 10: 4.0, 20: 3.0}), course("b", {0: 5.1, 10: 4.1, 20: 3.1})]
+    drawn.append(course("c", {0: 5.2, 10: 4.2, 20: 3.2}))
+    found = dict(populations(trials, drawn))
+    assert list(found) == ["search", "search and random", "random"]
+    assert found["search"] == trials and found["random"] == drawn
+    merged = found["search and random"]
+    assert [one.candidate_id for one in merged] == ["a", "b", "c"]
+    assert merged[0] is trials[0] and merged[1] is drawn[1], "as trained to the end"
+    assert dict(populations(trials, [])) == {"search": trials}
 
 
 def test_flips_are_pairs_that_changed_places() -> None:

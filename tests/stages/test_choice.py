@@ -214,9 +214,10 @@ def test_conclusions_are_written_anew_and_not_doubled(tmp_path: Path) -> None:
     assert [table.rows(name) for name in names] == before and all(before)
 
 
-def test_ranks_count_zero_shot_losses_and_no_baselines(tmp_path: Path) -> None:
+def test_ranks_count_zero_shot_losses_and_no_baselines_of_other_weights(tmp_path: Path) -> None:
     table, (best, tied, third, *_) = searched(tmp_path)
-    table.trial(6, 1.0, 9.0, 9.5, origin="random")
+    table.trial(6, 1.0, 9.0, 9.5, origin="scratch")
+    table.trial(7, 1.0, 9.0, 9.5, origin="random", status="failed")
     guesses = [
         {"candidate_id": name, "val_loss": loss} for name, loss in ((best, 8.0), (tied, 7.0), (third, 6.0))
     ]
@@ -226,10 +227,34 @@ def test_ranks_count_zero_shot_losses_and_no_baselines(tmp_path: Path) -> None:
         (row["comparing"], row["from_tokens"], row["to_tokens"]): (row["tau"], row["candidates"])
         for row in table.rows("rank_correlations")
     }
+    assert {row["over"] for row in table.rows("rank_correlations")} == {"search"}
     assert found["zero_shot", 0, LAST] == (-1.0, 3)
     assert found["rung", 100, LAST] == (1.0, 3)
     assert found["last", 0, LAST] == (-1.0, 3)  # the cuts' order was the reverse
     assert found["rung", 0, 100] == (pytest.approx((3 - 3) / 6), 4)
+
+
+def test_ranks_are_compared_over_the_shapes_drawn_by_lot_too(tmp_path: Path) -> None:
+    """One drawn shape was stopped as a trial, one is the winner's copy, two are new. Counted by hand."""
+    table, (_, tied, third, stopped, _) = searched(tmp_path)  # 3.0, 3.001, 3.2; at 100: 4.0 to 4.3
+    table.trial(0, 6.0, 4.0, 3.0, origin="random")
+    table.trial(3, 6.1, 4.3, 2.9, origin="random")  # would have won
+    table.trial(5, 5.0, 4.5, 3.5, origin="random")
+    table.trial(6, 5.1, 4.4, 3.6, origin="random")
+    conclude(table.plan, table.store)
+    found = {
+        row["over"]: (row["tau"], row["candidates"])
+        for row in table.rows("rank_correlations", comparing="last", from_tokens=100)
+    }
+    assert found == {
+        "search": (1.0, 3),
+        # Orders at 100: best tied third stopped 6 5; at 200: stopped best tied third 5 6. 3 + 1 pairs turn.
+        "search and random": (pytest.approx((11 - 4) / 15), 6),
+        # best stopped 6 5, then stopped best 5 6: two pairs turn.
+        "random": (pytest.approx((4 - 2) / 6), 4),
+    }
+    assert {row["subject"] for row in table.rows("comparisons", phase="search")} == {tied, third, stopped}
+    assert sum(row["trials"] for row in table.rows("lessons", kind="size", axis="mlp", tokens=LAST)) == 3
 
 
 def test_lessons_tell_sizes_and_flips(tmp_path: Path) -> None:
