@@ -25,6 +25,7 @@ from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.execution.stop import StopSignal
 from minitron_ray.experiment import Experiment
 from minitron_ray.plan import StartConfig, make_plan, run_fingerprint, stages_of
+from minitron_ray.plan.rungs import early_halving, first_halving, steps_text
 from minitron_ray.results.cache import Cache
 from minitron_ray.results.run import Run
 from minitron_ray.results.runs import REHEARSED, resolve_run
@@ -181,8 +182,8 @@ def drive(
             )
             stack.enter_context(run.lock())
             events.add(run.log_event)
-            if run.rehearsal:
-                events.emit("note", text=f"this is {REHEARSED}")
+            if (note := _note(run, experiment)) is not None:
+                events.emit("note", text=note)
             cluster = stack.enter_context(Cluster(settings, run.folder, events, stop))
             context = Context(
                 experiment=experiment,
@@ -200,6 +201,17 @@ def drive(
             f"interrupted, nothing finished is lost; to go on, run it again: {again}"
         ) from None
     return run
+
+
+def _note(run: Run, experiment: Experiment) -> str | None:
+    """What is said once, when a run begins. The divided tokens of a rehearsal say nothing of when trials are
+    stopped."""
+    if run.rehearsal:
+        return f"this is {REHEARSED}"
+    first = first_halving(experiment)
+    if first is None:
+        return None
+    return f"search: {early_halving(experiment) or f'the first halving comes after {steps_text(first)}'}"
 
 
 def environment(overrides: tuple[str, ...]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from minitron_ray.models.family import Family
 from minitron_ray.plan.checkpoints import most_checkpoints
 from minitron_ray.plan.intermediate import resolve_intermediate
 from minitron_ray.plan.memory import Layout, Memory
+from minitron_ray.plan.rungs import first_halving, steps_text
 from minitron_ray.plan.scoring import scoring_passes
 from minitron_ray.plan.signal import SignalCost, signal_costs, signal_tokens
 from minitron_ray.plan.students import costliest_first
@@ -214,6 +215,8 @@ class _Costs:
         what = f"{trials} trials of {format_count(self.rungs[-1])} tokens"
         if self.experiment.searched.halving is not None:
             what += f", of which {self.reached[-1]} go to the end"
+        if (first := first_halving(self.experiment)) is not None:
+            what += f", the first halving after {steps_text(first)}"
         what += f"; {measured / (trained + measured):.0%} of this is measuring them"
         ties = trials * self.rungs[-1] - tokens if self.ties else 0
         return StageCost(

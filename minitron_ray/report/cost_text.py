@@ -10,6 +10,7 @@ from rich.table import Table
 
 from minitron_ray.core.units import format_bytes, format_count, format_seconds
 from minitron_ray.plan.saving import COMPARED_TRIALS, FamilySaving, exact_saving, search_saving
+from minitron_ray.plan.tokens import trials_a_cohort
 
 if TYPE_CHECKING:
     from minitron_ray.core.hardware import Hardware
@@ -50,11 +51,16 @@ def cost_lines(
     finished: Mapping[str, str],
     hardware: Hardware | None,
     layout: Layout,
+    early: str | None = None,
+    idle: str | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """What each stage does, on what, and what does not fit."""
+    """What each stage does, on what, and what does not fit. `early` and `idle` are what `plan.rungs` and
+    `idle_devices` say of the search."""
     for cost in found:
         reused = f"finished in {finished[cost.stage]}: " if cost.stage in finished else ""
         yield cost.stage, f"{reused}{cost.what}"
+        if cost.stage == "search" and early is not None and not reused:
+            yield "too early", early
     if finished:
         yield "reused", "finished stages are taken over if teacher and text are unchanged"
     yield "memory", f"of one process, with {layout.micro_batch} sequences in a forward pass"
@@ -72,8 +78,33 @@ def cost_lines(
             "duration",
             f"{time_text(total / hardware.count)} where all {hardware.count} are busy throughout",
         )
+        if idle is not None and any(cost.stage == "search" for cost in to_do):
+            yield "idle", idle
     if short := _short_of_memory(to_do, hardware, layout):
         yield "too large", short
+
+
+def idle_devices(plan: Plan, hardware: Hardware | None, layout: Layout) -> str | None:
+    """One line where the search has too few trials at a time for all devices; None where it has enough, or
+    the devices are not known.
+
+    A sampler that learns proposes a cohort only when the one before it has ended.
+    """
+    if plan.experiment.search is None or hardware is None:
+        return None
+    search, trials = plan.experiment.search, plan.trials
+    cohort = trials_a_cohort(plan.experiment, trials, len(plan.feasible))
+    busy = cohort * layout.trial_workers
+    if busy > hardware.count - layout.trial_workers:
+        return None
+    text = f"the search has at most {busy} of {hardware.count} devices busy"
+    if cohort == trials:
+        return f"{text}: it has {trials} trials in all"
+    remedy = "raise halving.cohort" if search.halving else "set halving with a larger cohort"
+    return (
+        f"{text}, fewer from rung to rung: a cohort is {cohort} trials, and the next one begins when all of them "
+        f"have ended; {remedy}, or take sampler: random, which needs no results"
+    )
 
 
 def _short_of_memory(found: Sequence[StageCost], hardware: Hardware, layout: Layout) -> str | None:

@@ -11,8 +11,9 @@ from minitron_ray.core.units import format_bytes, format_count
 from minitron_ray.models.architecture import CUT_AXES, Architecture
 from minitron_ray.plan import Layout, experiment_fingerprint
 from minitron_ray.plan.intermediate import choose_intermediate, trained_on
+from minitron_ray.plan.rungs import early_halving, first_halving
 from minitron_ray.plan.saving import search_savings
-from minitron_ray.report.cost_text import cost_lines, cost_table, saving_table
+from minitron_ray.report.cost_text import cost_lines, cost_table, idle_devices, saving_table
 from minitron_ray.report.sections import Section, tables
 from minitron_ray.report.signal_text import signal_table, signals_json
 from minitron_ray.report.text_sources import planned_sources, planned_text
@@ -70,7 +71,8 @@ def render(
         console.print(f"... and {len(plan.feasible) - _SHOWN:,} more; --json prints all")
     costs = plan.costs(hardware, layout, before)
     console.print(cost_table(costs, finished, hardware))
-    for name, text in cost_lines(costs, finished, hardware, layout):
+    early, idle = early_halving(plan.experiment), idle_devices(plan, hardware, layout)
+    for name, text in cost_lines(costs, finished, hardware, layout, early, idle):
         console.print(f"{name:<11} {text}", soft_wrap=True)
     if (signals := signal_table(plan)) is not None:
         console.print(signals)
@@ -162,6 +164,15 @@ def as_json(
         "budget": None if plan.limits is None else asdict(plan.limits),
         "shape": None if plan.fixed is None else plan.fixed.row(),
         "trials": plan.trials,
+        "first_halving_steps": first_halving(plan.experiment),
+        "warnings": [
+            text
+            for text in (
+                early_halving(plan.experiment),
+                idle_devices(plan, hardware, layout or Layout.on(hardware)),
+            )
+            if text is not None
+        ],
         "candidates": [row.row() for row in plan.rows],
         "trained_on": _trained_on(plan),
         "hardware": None if hardware is None else asdict(hardware),

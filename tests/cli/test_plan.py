@@ -97,6 +97,37 @@ def test_json_has_the_same(plan: Any, eight_h100s: str) -> None:
     assert round(second["family_saving"]["papers_times"], 1) == 1.8
 
 
+def test_a_halving_before_ranks_mean_anything_is_warned_of(plan: Any) -> None:
+    """8192 tokens in three rungs: the first after 2048, of 4 x 256 tokens a step."""
+    text = plan(SMOLLM).stdout
+    [early] = [line for line in text.splitlines() if line.startswith("too early")]
+    assert "after 2 optimizer steps of 8" in early and "search.retrain.rungs" in early
+    assert "of which 2 go to the end, the first halving after 2 optimizer steps\n" in text
+    [found] = json.loads(plan(SMOLLM, "--json").stdout)
+    assert found["first_halving_steps"] == 2 and len(found["warnings"]) == 1
+    quickstart = plan(str(EXPERIMENTS / "quickstart.yaml")).stdout
+    assert "the first halving after 5 optimizer steps\n" in quickstart and "too early" not in quickstart
+    assert "halving after" not in plan(PAPER[0]).stdout, "nothing is halved there"
+
+
+def test_devices_that_a_cohort_leaves_idle_are_said(plan: Any, eight_h100s: str) -> None:
+    """8 trials in two cohorts of 4; one of 8 keeps all devices busy, and so do pairs of them."""
+
+    def idle(*more: str) -> list[str]:
+        lines = plan(SMOLLM, "--cluster", eight_h100s, *more).stdout.splitlines()
+        return [line for line in lines if line.startswith("idle")]
+
+    [line] = idle()
+    assert (
+        "at most 4 of 8 devices busy" in line and "a cohort is 4 trials" in line and "halving.cohort" in line
+    )
+    assert idle("--set", "search.halving.cohort=8") == [] == idle("--set", "search.sampler={kind: random}")
+    [few] = idle("--set", "search.sampler={kind: random}", "--set", "search.trials=6")
+    assert few.endswith("at most 6 of 8 devices busy: it has 6 trials in all")
+    Path(eight_h100s).write_text("devices: {kind: h100, count: 8}\ntrial_workers: 2\n")
+    assert idle() == []
+
+
 def test_a_wrong_cluster_file_is_a_mistake_of_the_user(plan: Any, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text("devices: {kind: tpu}\n")
