@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from minitron_ray.core.hardware import rate_text
 from minitron_ray.core.units import format_bytes, format_count
 from minitron_ray.report.cost_text import NONE, time_text
 from minitron_ray.report.sections import Section
+from minitron_ray.results.files import folder_size
 from minitron_ray.results.runs import RunInfo
 from minitron_ray.results.store import Store
 
@@ -36,7 +36,7 @@ class StageActual:
     """Wall time of all attempts that came to an end, times the planned devices; None where there was none."""
     planned_disk: int
     disk: int | None
-    """Bytes that the stage has left."""
+    """Bytes that the stage has left, or of files that it removed, the most that were seen."""
     share: float | None
     """Of the planned work, what was done in `seconds`; None where that is not known."""
 
@@ -80,7 +80,7 @@ def _row(
         planned_seconds=planned["device_seconds"],
         seconds=sum(ended) * (planned["devices"] or 1) if ended else None,
         planned_disk=planned["disk_bytes"],
-        disk=_disk(stage, run) if own else None,
+        disk=_disk(stage, own, run) if own else None,
         share=_share(stage, worked, tokens, planned["tokens"]) if len(ended) == len(worked) else None,
     )
 
@@ -146,19 +146,16 @@ _NOT_WORKED: Final = ("reused", "taken_over")
 """How an attempt ends that has found the result."""
 
 
-def _disk(stage: str, run: RunInfo) -> int | None:
-    """Bytes of the files of a stage; None for one whose files are elsewhere or gone."""
+def _disk(stage: str, attempts: Sequence[dict[str, Any]], run: RunInfo) -> int | None:
+    """Bytes of the files of a stage, where they are or by what its attempts have seen; None where neither."""
     if stage == "export":
         sizes = [size for size in run.store.read("exports")["bytes"].to_pylist() if size is not None]
         return sum(sizes) if sizes else None
     folder = {"search": "trials", "baselines": "baselines", "distill": "checkpoints"}.get(stage)
-    if folder is None or not (run.folder / folder).is_dir():
-        return None
-    return _size(run.folder / folder)
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    found = [row["disk_bytes"] for row in attempts if row["disk_bytes"] is not None]
+    if folder is not None and (run.folder / folder).is_dir():
+        found.append(folder_size(run.folder / folder))
+    return max(found, default=None)
 
 
 # --- For people ---------------------------------------------------------------------------------------

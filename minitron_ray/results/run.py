@@ -142,15 +142,16 @@ class Run:
         seconds: float,
         *,
         tokens: int | None = None,
+        disk: int | None = None,
         taken_over: bool = False,
     ) -> None:
         """Records that a stage is done; call it after everything else of the stage is written.
 
-        `tokens` are those that this attempt put through a network. What is `taken_over` from another run
-        took its `seconds` there.
+        `tokens` are those that this attempt put through a network, `disk` the most bytes of its files. What is
+        `taken_over` from another run took its `seconds` there.
         """
         status, spent = ("taken_over", 0.0) if taken_over else ("finished", seconds)
-        row = _stage_row(stage, fingerprint, status, summary, spent, tokens)
+        row = _stage_row(stage, fingerprint, status, summary, spent, tokens, disk)
         with self._writing:
             begun = self._begun.pop(stage, None)
             writer = f"finished-{stage}" if begun is None else f"attempt-{stage}"
@@ -172,9 +173,10 @@ class Run:
         seconds: float,
         *,
         tokens: int | None = None,
+        disk: int | None = None,
     ) -> None:
         """Adds a row to `stages` for an attempt that was reused, failed or interrupted."""
-        row = _stage_row(stage, fingerprint, status, summary, seconds, tokens)
+        row = _stage_row(stage, fingerprint, status, summary, seconds, tokens, disk)
         with self._writing:
             begun = self._begun.pop(stage, None)
             sequence = self._next_attempt(stage) if begun is None else begun
@@ -260,11 +262,12 @@ def _stage_row(
     summary: str,
     seconds: float | None,
     tokens: int | None = None,
+    disk: int | None = None,
 ) -> dict[str, Any]:
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; one of {', '.join(STAGES)}")
     row = {"stage": stage, "fingerprint": fingerprint, "status": status, "summary": summary}
-    return row | {"seconds": seconds, "at": datetime.now(UTC), "tokens": tokens}
+    return row | {"seconds": seconds, "at": datetime.now(UTC), "tokens": tokens, "disk_bytes": disk}
 
 
 def _torn(path: Path) -> bool:

@@ -60,6 +60,11 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
             seconds=(_REAL, "wall time of this attempt; null of one that is running, or was killed"),
             at=(_TIME, "when it ended, or of one that did not, when it began"),
             tokens=(_INT, "that this attempt put through a network; null where the stage does not say"),
+            disk_bytes=(
+                _INT,
+                "most bytes that the stage's states of trials were seen to take, looked at whenever a rung is "
+                "passed, or that it added to the cache; null where it has neither",
+            ),
         ),
         "importance": _schema(
             axis=(_TEXT, "hidden, heads, kv_heads, mlp, experts, expert_mlp or layers"),

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from minitron_ray.core.events import Event
 from minitron_ray.plan import Plan
 from minitron_ray.results.store import Store
 from minitron_ray.search.baselines import BASELINES, Baseline, affordable, best_of, drawn, largest
@@ -48,6 +49,12 @@ def run(
     forget_other_winners(plan, bench, winner)
     entrants = list(_entrants(context, plan, bench, winner))
     missing, copies = _to_do(entrants, bench.store)
+
+    def at_rung(event: Event) -> None:
+        if event.kind == "trial_progress" and context.current == "baselines":
+            context.see_disk(bench.states)  # a worker tells of a rung when its state is written
+
+    context.events.add(at_rung)
     if missing:
         _train(context, missing, bench)
     for entrant in copies:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from minitron_ray.core.errors import Interrupted
@@ -14,6 +15,7 @@ from minitron_ray.execution.cluster import Cluster
 from minitron_ray.execution.stop import StopSignal
 from minitron_ray.experiment import Experiment
 from minitron_ray.results.cache import Cache
+from minitron_ray.results.files import folder_size
 from minitron_ray.results.run import Run
 from minitron_ray.stages.prepare import Prepared
 from minitron_ray.stages.reuse import take_over, usable, withdraw
@@ -36,6 +38,8 @@ class Context:
     """Called before a stage is made and not found. Raises where it must not be made here."""
     tokens: int | None = None
     """That it has put through a network in this attempt, where it says so."""
+    disk: int | None = None
+    """Most bytes that `see_disk` has found in this attempt."""
 
     def check_stop(self) -> None:
         """Raises Interrupted if the user asked to stop."""
@@ -72,7 +76,9 @@ class Context:
         with self._recording(name, fingerprint, total, unit) as started:
             output, summary = work()
             seconds = time.monotonic() - started
-            self.run.finish_stage(name, fingerprint, output, summary, seconds, tokens=self.tokens)
+            self.run.finish_stage(
+                name, fingerprint, output, summary, seconds, tokens=self.tokens, disk=self.disk
+            )
         self.events.emit("stage_finished", stage=name, summary=summary, seconds=seconds)
         return output
 
@@ -92,7 +98,7 @@ class Context:
 
     @contextmanager
     def _recording(self, name: str, fingerprint: str, total: int | None, unit: str) -> Iterator[float]:
-        self.current, self.tokens = name, None
+        self.current, self.tokens, self.disk = name, None, None
         self.run.begin_stage(name, fingerprint)
         self.events.emit("stage_started", stage=name, total=total, unit=unit)
         started = time.monotonic()
@@ -109,7 +115,12 @@ class Context:
 
     def _ended(self, name: str, fingerprint: str, status: str, summary: str, started: float) -> None:
         seconds = time.monotonic() - started
-        self.run.note_stage(name, fingerprint, status, summary, seconds, tokens=self.tokens)
+        self.run.note_stage(name, fingerprint, status, summary, seconds, tokens=self.tokens, disk=self.disk)
+
+    def see_disk(self, folder: Path) -> None:
+        """Keeps the size of a folder that the stage will remove, where it is the largest seen."""
+        if folder.is_dir():
+            self.disk = max(self.disk or 0, folder_size(folder))
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """How far the current stage is."""

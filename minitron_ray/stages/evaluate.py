@@ -68,6 +68,8 @@ def run(
     """
     subjects = list(_subjects(context, students, folders))
     found: list[Measurement] = context.cluster.call(measure_all, setting, subjects, signal)
+    sequences = sum(len(measurement.losses) for measurement in found)
+    context.tokens = sequences * context.experiment.data.sequence_length
     tokens = distilled_tokens(context.experiment)
     writer = _Writer(context, setting)
     writer.add("teacher", "teacher", found[0], 0)

@@ -38,6 +38,7 @@ def run(context: Context, plan: Plan, setting: Setting) -> tuple[dict[str, Any],
         table = scored.with_layers(layers if number == 0 else {}).table(label, section.depth.label)
         store.append("importance", table, writer="importance", sequence=number)
         rows += len(table)
+    context.tokens = sum(scorer.seen)
     chosen = units[section.width_label].with_layers(layers)
     return {"rows": rows}, f"{rows:,} scores; {_told(chosen)}"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
@@ -84,6 +84,9 @@ class Scorer:
     work: Work
     base: Path
     """The experiment file's folder, where the files of a task are looked for."""
+    seen: list[int] = field(default_factory=list)
+    """Tokens of every pass over the calibration sequences so far, and of a task's examples, which many sets
+    of layers go through at a time."""
 
     def units(
         self, width: UnitMetric, depth: ListeningLayerMetric | None
@@ -105,6 +108,7 @@ class Scorer:
         groups = grouped(setting.splits.calibration, setting.micro_batch)
         parts = self.cluster.map(hear, shares(groups, self.work.workers), self.work, ears)
         evidence = merged([found for part in parts for found in part])
+        self.seen.append(len(setting.splits.calibration) * setting.experiment.data.sequence_length)
         units = {} if width is None else ears.unit_scores(evidence)
         return units, {} if evidence.stream is None else evidence.stream.scores()
 
@@ -127,7 +131,9 @@ class Scorer:
             values = self.cluster.map(remove, parts, self.work, metric, examples, removals)
             return np.concatenate(values, axis=1)
 
-        return score_layers(metric, setting.architecture.layers, fewest, measure)
+        scores = score_layers(metric, setting.architecture.layers, fewest, measure)
+        self.seen.append(sum(examples.batch(start, stop).ids.size for start, stop in batches))
+        return scores
 
 
 def shares(items: Sequence[Item], workers: int) -> list[list[Item]]:

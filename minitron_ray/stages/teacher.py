@@ -119,6 +119,7 @@ def run(context: Context, setting: Setting, inputs: Inputs) -> tuple[dict[str, A
             context.cluster.map(compute, hands, library, _sequences(missing))
     finally:
         context.tokens = _tokens(missing, setting) - _tokens(library.missing(missing), setting)
+    context.disk = sum(block_bytes(block.folder) for block in missing)
     listed = digest([block.folder.name for block in blocks])
     describe = {"what": f"list of the blocks of {signal.label}", "blocks": len(blocks)}
     folder = cache.ensure(LISTS, listed, describe, lambda folder: write_signal(folder, blocks))

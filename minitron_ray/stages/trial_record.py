@@ -40,6 +40,7 @@ class Record:
             rows.sort(key=lambda row: int(row["rung"]))
 
     def rung(self, candidate_id: str, result: dict[str, Any]) -> None:
+        self._context.see_disk(self._checkpoints)  # the state at this rung is written
         self._context.events.emit(
             "trial_progress",
             candidate_id=candidate_id,

@@ -33,6 +33,7 @@ def run(context: Context, plan: Plan, setting: Setting) -> tuple[dict[str, Any],
     store = context.run.store
     known = scored(store, sequences)
     missing = [candidate for candidate in candidates if candidate.id not in known]
+    context.tokens = 0
     if missing:
         cuts = Cuts(
             setting=setting,
@@ -43,7 +44,11 @@ def run(context: Context, plan: Plan, setting: Setting) -> tuple[dict[str, Any],
             group=context.cluster.trial_group(),
             sequences=sequences,
         )
-        score_on(context.cluster, missing, cuts)
+        try:
+            score_on(context.cluster, missing, cuts)
+        finally:
+            done = scored(store, sequences).keys() - known.keys()
+            context.tokens = len(done) * sequences * context.experiment.data.sequence_length
         context.check_stop()
         known = scored(store, sequences)
     losses = {candidate.id: known[candidate.id] for candidate in candidates}

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from minitron_ray.report.plan_actual import plan_against_actual
+from minitron_ray.results.runs import read_info
 from tests.end_to_end.desk import EXPERIMENT, Desk
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -75,6 +77,18 @@ def test_baselines_have_the_searchs_recipe_and_at_least_its_tokens(whole: Desk) 
     cuts = [row for row in rows if row["origin"] == "largest_first" and row["rung"] == 0]
     assert len(cuts) == 7, "every feasible shape, as there are fewer than ten"
     assert min(cuts, key=lambda row: row["val_loss"])["candidate_id"] == largest["candidate_id"]
+
+
+def test_what_was_on_disk_is_known_when_it_is_gone(whole: Desk) -> None:
+    """A student that waits at a rung leaves its weights and Adam's two moments, 12 bytes a parameter; of tiny
+    ones a file's frame is the larger part of what is above that."""
+    run = whole.run_folder()
+    assert not (run / "trials").exists() and not (run / "baselines").exists()
+    rows = {row.stage: row for row in plan_against_actual(read_info(run))}
+    smallest = min(row["parameters"] for row in whole.rows("trials"))
+    for stage in ("search", "baselines"):
+        disk, planned = rows[stage].disk, rows[stage].planned_disk
+        assert disk is not None and 12 * smallest <= disk <= 1.5 * planned, (stage, disk, planned)
 
 
 def test_equal_students_have_equal_figures(whole: Desk) -> None:

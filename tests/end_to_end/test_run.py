@@ -85,6 +85,13 @@ def test_the_plan_is_kept_and_was_right(whole: Desk) -> None:
     assert list(planned)[:2] == ["importance", "teacher"] and list(planned)[-2:] == ["evaluate", "export"]
     assert planned["search"] == sum(row["tokens"] for row in whole.rows("trials") if row["final"])
     assert planned["distill"] == max(row["tokens"] for row in whole.rows("steps"))
+    actual = {row.stage: row for row in plan_against_actual(read_info(whole.run_folder()))}
+    # 8 sequences of 32 tokens are scored, and as many are seen by the teacher and by the student.
+    assert (actual["importance"].tokens, actual["evaluate"].tokens) == (8 * 32, 2 * 8 * 32)
+    assert all(row.tokens == planned[name] for name, row in actual.items() if planned[name])
+    assert actual["search"].disk is None, "without halving nothing is kept of a trial"
+    signal_files = (whole.results / ".cache").rglob("*.bin")
+    assert actual["teacher"].disk == sum(path.stat().st_size for path in signal_files) > 0
 
 
 def test_no_stage_tells_of_more_than_there_is_to_do(whole: Desk) -> None:

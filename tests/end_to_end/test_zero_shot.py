@@ -75,5 +75,8 @@ def test_cuts_that_are_there_are_not_scored_again(searched: Desk) -> None:
     written = {path: path.stat().st_mtime_ns for path in kept}
     _, err = searched.run(*OVERRIDES)
     assert "zero_shot: finished" in err and "search: reused" in err
+    rows = [row for row in searched.rows("stages") if row["stage"] == "zero_shot"]
+    tokens = [row["tokens"] for row in sorted(rows, key=lambda row: row["at"])]
+    assert tokens == [SHAPES * SEQUENCES * 32, SEQUENCES * 32]
     assert {path: path.stat().st_mtime_ns for path in kept} == written
     assert {row["candidate_id"]: row["val_loss"] for row in searched.rows("zero_shot")} == before

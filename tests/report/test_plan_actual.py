@@ -143,6 +143,21 @@ def test_files_are_counted(make_run: MakeRun) -> None:
     assert export.disk is None
 
 
+def test_files_that_are_gone_are_counted_as_they_were_seen(make_run: MakeRun) -> None:
+    """The largest of what attempts saw and of what is there."""
+    run = make_run("teacher")
+    planned(run, search={"disk_bytes": 5000}, baselines={})
+    run.note_stage("search", "f", "interrupted", "", 1.0, disk=4000)
+    folder = run.folder / "trials" / "aaaaaaaaaa"
+    folder.mkdir(parents=True)
+    (folder / "rung.pt").write_bytes(b"x" * 4500)
+    assert plan_against_actual(read_info(run.folder))[0].disk == 4500
+    (folder / "rung.pt").unlink()
+    run.note_stage("search", "f", "finished", "", 1.0, disk=3000)
+    search, baselines = plan_against_actual(read_info(run.folder))
+    assert (search.disk, search.planned_disk, baselines.disk) == (4000, 5000, None)
+
+
 def test_it_is_shown_in_80_columns_and_as_markdown(make_run: MakeRun) -> None:
     run = make_run()
     tokens = {"tokens": 27_037_532_160, "tie_tokens": 100_037_532_160}
