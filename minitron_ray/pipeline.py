@@ -66,6 +66,7 @@ def _stages(context: Context, plan: Plan, marks: dict[str, str]) -> None:
     if "correct" in plan.stages:
         _correct(context, marks)
     setting, inputs = context.ready.setting, context.ready.inputs
+    teacher.check_room(teacher.library_of(context, setting, inputs))
     context.stage(
         "importance",
         marks["importance"],

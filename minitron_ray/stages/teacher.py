@@ -9,12 +9,14 @@ the teacher runs in each trial.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.core.fingerprint import digest
 from minitron_ray.core.units import format_bytes
 from minitron_ray.data.batches import batch_indices
@@ -99,6 +101,47 @@ class Library:
         yield from map(block, cover(count, length, len(order), exists))
 
 
+def library_of(context: Context, setting: Setting, inputs: Inputs) -> Library:
+    """In the run's cache; workers start in other folders."""
+    return Library(setting=setting, inputs=inputs, cache=Cache(context.cache.folder.parent.resolve()))
+
+
+def check_room(library: Library) -> None:
+    """Before anything is computed: a plan takes the same signal on every machine, so what is free here is
+    looked at when a run begins, and never chosen by.
+
+    Raises EnvironmentFailure where the blocks that are missing are larger than what is free.
+    """
+    setting = library.setting
+    signal = choose_signal(setting.experiment, setting.teacher_architecture)
+    if not isinstance(signal, StoredSignal):
+        return
+    sizes = (setting.teacher_architecture.hidden, setting.vocabulary, setting.share().dtype.itemsize)
+    length = setting.experiment.data.sequence_length
+    needed = sum(
+        round(len(block.sequences) * length * block.signal.bytes_a_token(*sizes))
+        for block in library.missing(library.blocks(signal))
+    )
+    place = next(
+        folder for folder in (library.cache.folder, *library.cache.folder.parents) if folder.is_dir()
+    )
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        smaller = (
+            ""
+            if setting.experiment.search is None
+            else (
+                "set search.signal to a smaller kind ({kind: sampled}; {kind: online} stores nothing), lower "
+                "search.retrain.tokens, "
+            )
+        )
+        raise EnvironmentFailure(
+            f"{library.cache.folder}: the teacher's signal ({signal.label}) takes {format_bytes(needed)} more, and "
+            f"{format_bytes(free)} are free there; {smaller}make room, or choose another results folder with "
+            "--results DIR"
+        )
+
+
 def run(context: Context, setting: Setting, inputs: Inputs) -> tuple[dict[str, Any], str]:
     """Returns the folder that lists the stored signal, or null where the teacher is to run online.
 
@@ -109,8 +152,8 @@ def run(context: Context, setting: Setting, inputs: Inputs) -> tuple[dict[str, A
     signal = choose_signal(setting.experiment, setting.teacher_architecture)
     if not isinstance(signal, StoredSignal):
         return {"folder": None}, "online in each trial"
-    cache = Cache(context.cache.folder.parent.resolve())  # workers start in other folders
-    library = Library(setting=setting, inputs=inputs, cache=cache)
+    library = library_of(context, setting, inputs)
+    cache = library.cache
     blocks = library.blocks(signal)
     missing = library.missing(blocks)
     try:

@@ -6,12 +6,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from minitron_ray.core.errors import ConfigError
+from minitron_ray.core.errors import ConfigError, EnvironmentFailure
 from minitron_ray.core.events import EventBus
 from minitron_ray.core.loading import load
 from minitron_ray.distillation.signals.final_hidden import FinalHidden
@@ -26,7 +27,7 @@ from minitron_ray.experiment import Experiment
 from minitron_ray.results.cache import Cache
 from minitron_ray.stages.prepare import prepare
 from minitron_ray.stages.reuse import outputs_exist
-from minitron_ray.stages.teacher import KIND, LISTS, Library, compute, dealt
+from minitron_ray.stages.teacher import KIND, LISTS, Library, check_room, compute, dealt
 from minitron_ray.stages.trial import retrain
 
 Open = Callable[..., Library]
@@ -103,6 +104,28 @@ def test_a_group_of_ray_workers_stores_the_same(library: Open, tmp_path: Path) -
         missing = group.missing(group.blocks(Sampled()))
         cluster.map(compute, dealt(missing, cluster.workers()), group, 405)
     assert files(alone.cache) == files(group.cache)
+
+
+@pytest.mark.parametrize(("kind", "slack"), [("final_hidden", 0.0), ("top_k", 0.15)])
+def test_a_signal_that_does_not_fit_the_disk_is_refused_before_anything_is_computed(
+    kind: str, slack: float, library: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the bytes that are then stored, of a sparse kind about them: what is there already needs no room."""
+    stored = library("measured", f"search.signal.kind={kind}")
+    fill(stored, 1)
+    size = sum(len(data) for name, data in files(stored.cache).items() if name.endswith(".bin"))
+    room = SimpleNamespace(free=round(size * (1 + slack)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: room)
+    made = library("results", f"search.signal.kind={kind}")
+    check_room(made)
+    room.free = round(size * (1 - slack)) - 1
+    with pytest.raises(
+        EnvironmentFailure, match=r"takes .* more, and .* are free there; set search.signal to"
+    ):
+        check_room(made)
+    room.free = 0
+    check_room(stored)
+    check_room(library("online", "search.signal={kind: online}"))
 
 
 def test_another_budget_adds_to_what_is_there(library: Open) -> None:
