@@ -14,7 +14,7 @@ import os
 import pickle
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -51,7 +51,12 @@ def saved_steps(folder: Path) -> list[int]:
 def newest_sound(folder: Path) -> int:
     """The step of the newest checkpoint in a folder that lost nothing; 0 if there is none. It is the one that is
     gone on from: later ones that lost a file, or part of one, are passed over."""
-    return next((step for step in reversed(saved_steps(folder)) if _sound(_path(folder, step))), 0)
+    return next(sound_steps(folder), 0)
+
+
+def sound_steps(folder: Path) -> Iterator[int]:
+    """Of the checkpoints in a folder that lost nothing, the newest first."""
+    return (step for step in reversed(saved_steps(folder)) if _sound(_path(folder, step)))
 
 
 def _path(folder: Path, step: int) -> Path:

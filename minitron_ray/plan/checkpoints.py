@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
-def most_checkpoints(cohorts: Iterable[Sequence[int]], kept: int, keep_stopped: bool) -> int:
+def most_checkpoints(
+    cohorts: Iterable[Sequence[int]], kept: int, keep_stopped: bool, at_once: int | None = None
+) -> int:
     """At most, those that are being written beside the `kept` ones before them included.
 
-    Of each cohort it is given how many trials train up to each rung. A trial leaves a checkpoint at every
-    rung but the last. At its end they are removed, except those of a stopped trial with `keep_stopped`:
-    these stay until all cohorts have ended, when as many as all of them may be trained on.
+    Of each cohort it is given how many trials train up to each rung: where these are several rungs, they
+    wait for one another there. A trial in training writes checkpoints at rungs and between them; of one
+    cohort `at_once` are in training at the same time, or all of them. At a trial's end its checkpoints are
+    removed, except those of a stopped trial with `keep_stopped`: these stay until all cohorts have ended,
+    when as many as all of them may be trained on.
     """
-    most = stopped_before = trained_on = 0
+    most = stopped = 0
     for counts in cohorts:
-        last, stopped = len(counts) - 1, 0
-        for place in range(last):
-            writing = counts[place] * (min(place, kept) + 1)
-            most = max(most, stopped_before + stopped + writing)
-            if keep_stopped:
-                ended = counts[place] - counts[place + 1]
-                stopped += ended * min(place + 1, kept)
-                written = min(last - 1, kept) + 1 if place + 1 < last else min(place + 1, kept)
-                trained_on += ended * written
-        stopped_before += stopped
-    return max(most, trained_on)
+        for place, count in enumerate(counts):
+            training = _training(count, at_once)
+            waiting = count - training if len(counts) > 1 else 0
+            most = max(most, (stopped + waiting) * kept + training * (kept + 1))
+            if keep_stopped and place + 1 < len(counts):
+                stopped += count - counts[place + 1]
+    return max(most, stopped * kept + _training(stopped, at_once))
+
+
+def _training(count: int, at_once: int | None) -> int:
+    return count if at_once is None else min(count, at_once)

@@ -230,12 +230,17 @@ class _Costs:
         )
 
     def _checkpoints(self) -> int:
-        """Of trials: of those that wait at a rung, and of those whose group is dissolved there."""
-        search, group = self.experiment.searched, self.layout.trial_workers > 1
-        if search.halving is None and not group:
-            return 0
-        cohorts = cohorts_at_rungs(self.experiment, self.trials, len(self.feasible))
-        return most_checkpoints(cohorts, self._kept_checkpoints, keep_stopped=search.keep == "ties")
+        """Of trials: of those in training, and of those that wait at a rung. Where nothing is halved none waits."""
+        search = self.experiment.searched
+        cohorts: Sequence[Sequence[int]] = cohorts_at_rungs(self.experiment, self.trials, len(self.feasible))
+        if search.halving is None:
+            cohorts = [counts[-1:] for counts in cohorts]
+        return most_checkpoints(
+            cohorts,
+            self._kept_checkpoints,
+            keep_stopped=search.keep == "ties",
+            at_once=self.layout.trials_at_once,
+        )
 
     @property
     def _kept_checkpoints(self) -> int:
@@ -257,9 +262,10 @@ class _Costs:
             + (len(self.rungs) - 1) * self._measured(arch, compared=False)
             for arch in students
         )
-        # Each goes from rung to rung by itself, at most all of them at a time.
-        at_once = [count] * len(self.rungs)
-        waiting = most_checkpoints([at_once], self._kept_checkpoints, keep_stopped=False)
+        # Each goes from rung to rung by itself.
+        states = most_checkpoints(
+            [[count]], self._kept_checkpoints, keep_stopped=False, at_once=self.layout.trials_at_once
+        )
         named = [f"{lot} by lot" if name == "random" else name for name in search.baselines]
         return StageCost(
             stage="baselines",
@@ -268,7 +274,7 @@ class _Costs:
             tie_tokens=ties,
             flops=flops + sum(self._measured(arch, compared=False) for arch in self.students[:scored]),
             memory_bytes=self._trial_bytes,
-            disk_bytes=CHECKPOINT_BYTES * self.family.parameters(self.largest) * waiting,
+            disk_bytes=CHECKPOINT_BYTES * self.family.parameters(self.largest) * states,
         )
 
     def _distill(self) -> StageCost:

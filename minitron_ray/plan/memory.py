@@ -41,6 +41,8 @@ class Layout:
     """Processes that share a student in the distillation."""
     trial_workers: int = 1
     """Processes that share a trial's student."""
+    trials_at_once: int | None = None
+    """Trials that train at the same time; None where nothing tells."""
     accelerator: bool = False
     importance: Literal["auto", "resident", "streamed"] = "auto"
     recompute: bool = False
@@ -58,15 +60,20 @@ class Layout:
         micro_batch: int = 4,
         workers: int | None = None,
         trial_workers: int = 1,
+        concurrent_trials: int | None = None,
         importance: Literal["auto", "resident", "streamed"] = "auto",
         recompute: bool = False,
         teacher: Literal["auto", "whole", "sharded"] = "auto",
     ) -> Layout:
-        """One worker a device where nothing else is said."""
+        """One worker a device where nothing else is said, and as many trials as all accelerators have room for."""
+        if hardware is not None and hardware.accelerator:
+            room = max(1, hardware.count // trial_workers)
+            concurrent_trials = min(concurrent_trials or room, room)
         return cls(
             micro_batch=micro_batch,
             workers=workers or (1 if hardware is None else hardware.count),
             trial_workers=trial_workers,
+            trials_at_once=concurrent_trials,
             accelerator=hardware is not None and hardware.accelerator,
             importance=importance,
             recompute=recompute,

@@ -76,7 +76,7 @@ class Bench:
     """Folder of the teacher's stored signal; None runs the teacher beside each student."""
     store: Store
     states: Path
-    """Holds a folder an entrant in training, with its state at the last rung; every node must see it."""
+    """Holds a folder an entrant in training, with the state that it goes on from; every node must see it."""
     group: GroupSize | None = None
     """The processes that share a student, as those of a search trial do; None where one trains it."""
 

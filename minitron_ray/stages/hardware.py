@@ -70,6 +70,7 @@ def layout_of(settings: ClusterSettings, hardware: Hardware | None) -> Layout:
         micro_batch=settings.micro_batch,
         workers=settings.worker_range[1] if settings.worker_range else None,
         trial_workers=settings.trial_workers,
+        concurrent_trials=settings.concurrent_trials,
         importance=settings.importance,
         recompute=settings.activation_checkpointing,
         teacher=settings.teacher,

@@ -51,7 +51,7 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
         scores=read_scores(context),
         candidates={row.candidate.id: row.candidate for row in plan.feasible},
         signal=Path(signal) if signal else None,
-        checkpoints=checkpoints if search.halving or group else None,
+        checkpoints=checkpoints,
         latency=cost.name == "latency",
         group=group,
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 
 from minitron_ray.core.errors import EnvironmentFailure, MinitronError
 from minitron_ray.distillation.loop import MOST_SKIPPED, Recipe, Share, Step, make_optimizer, train
@@ -30,6 +31,10 @@ from minitron_ray.weights.headless import Headless, final_hidden
 
 _PASSES: Final = 9
 """Forward passes of which a latency is the median; the first of all is not counted."""
+_PARTS: Final = 10
+"""Of a trial's steps: between two of them its state may be saved."""
+_SAVE_AFTER_S: Final = 60.0
+"""Seconds since the last save before the state is saved between two rungs, so that short trials write none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +71,10 @@ def retrain(
     unless `stop` asked to end early, or `one_rung` to end at the next rung after rung 0.
 
     `on_rung` hears of rung 0 and of every rung, `on_step` of every optimizer step. With `resume`, the
-    state is kept at every rung but the last, before `on_rung` hears of it; where one is kept already,
-    training goes on from it, after `on_rung` heard of the rungs that it passed. With several ranks in
-    `share`, all must call. Raises MinitronError when a loss or gradient is not finite.
+    state is kept at every rung but the last, before `on_rung` hears of it, at a stop, and between rungs
+    where these are minutes apart; where one is kept already, training goes on from it, after `on_rung`
+    heard of the rungs that it passed. With several ranks in `share`, all must call. Raises MinitronError
+    when a loss or gradient is not finite.
     """
     training = _Retraining(setting, student, teacher, share, on_rung, resume)
     training.run(on_step, stop, one_rung)
@@ -112,7 +118,7 @@ class _Retraining:
         self._losses: list[float] = []
         self._skipped = 0
         self._before = 0.0
-        self._started = time.monotonic()
+        self._started = self._saved = time.monotonic()
 
     def run(self, on_step: Callable[[Step], None], stop: Callable[[], bool], one_rung: bool) -> None:
         done = self._load()
@@ -141,6 +147,8 @@ class _Retraining:
             on_step(step)
             if step.step in rungs:
                 self._rung(step.step, final=step.step == last)
+            elif self._state is not None and (step.stop_requested or self._due(step.step)):
+                self._save(step.step)
             if step.stop_requested or (one_rung and step.step in rungs):
                 return
 
@@ -160,7 +168,7 @@ class _Retraining:
             val_divergence=measured.divergence,
             train_loss=sum(self._losses) / len(self._losses) if self._losses else None,
             losses=tuple(measured.losses.tolist()),
-            seconds=self._before + time.monotonic() - self._started,
+            seconds=self._seconds(),
             final=final,
         )
         self._losses.clear()
@@ -169,11 +177,34 @@ class _Retraining:
             self._save(step)
         self._on_rung(result)
 
+    def _seconds(self) -> float:
+        """Of all attempts so far."""
+        return self._before + time.monotonic() - self._started
+
+    def _due(self, step: int) -> bool:
+        """Whether the state is to be saved behind this step, between two rungs. By rank 0's clock: all ranks
+        save together, and clocks differ."""
+        if step % max(1, self._recipe.steps // _PARTS):
+            return False
+        due = time.monotonic() - self._saved >= _SAVE_AFTER_S
+        if self._share.world == 1:
+            return due
+        told = torch.tensor([float(due)], device=self._share.device)
+        dist.broadcast(told, src=0)
+        return bool(told.item())
+
     def _save(self, step: int) -> None:
         assert self._state is not None
-        rungs = [asdict(rung) for rung in self.rungs]
-        note = {"step": step, "skipped": self._skipped, "recipe": repr(self._recipe), "rungs": rungs}
+        note = {
+            "step": step,
+            "skipped": self._skipped,
+            "recipe": repr(self._recipe),
+            "rungs": [asdict(rung) for rung in self.rungs],
+            "losses": self._losses,  # one by one: a sum of sums has other last digits
+            "seconds": self._seconds(),
+        }
         self._state.save(self._student, self._optimizer, note)
+        self._saved = time.monotonic()
 
     def _load(self) -> int:
         """The step that the state stands at; 0 where there is nothing to go on from."""
@@ -183,7 +214,9 @@ class _Retraining:
         if note is None:
             return 0
         self.rungs = [RungResult(**{**rung, "losses": tuple(rung["losses"])}) for rung in note["rungs"]]
-        self._before = self.rungs[-1].seconds
+        # Until states were saved between rungs, too, a note had no losses and no seconds of its own.
+        self._losses = list(note.get("losses", ()))
+        self._before = note.get("seconds", self.rungs[-1].seconds)
         self._skipped = note.get("skipped", 0)
         step: int = note["step"]
         return step
@@ -199,7 +232,7 @@ class Objective:
     signal: Path | None
     """Folder of the teacher's stored signal; None runs the teacher in the trial."""
     checkpoints: Path | None
-    """Holds a folder a candidate, with its state at the last rung; None where none is needed."""
+    """Holds a folder a candidate, with the state that it goes on from; None where none is to be kept."""
     latency: bool = False
     """Whether the time of a forward pass is to be measured, too."""
     group: GroupSize | None = None

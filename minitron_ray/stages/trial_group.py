@@ -28,7 +28,7 @@ class GroupTrial:
     signal: Path | None
     """Folder of the teacher's stored signal; None runs the teacher in each worker."""
     folder: Path
-    """Holds the state at the last rung; every node must see it."""
+    """Holds the state that the next group goes on from; every node must see it."""
 
 
 def to_next_rung(trial: GroupTrial, worker: Worker) -> list[RungResult]:

@@ -17,6 +17,19 @@ class Disk:
     def __init__(self, kept: int) -> None:
         self.kept, self.held, self.most = kept, dict[int, int](), 0
 
+    def train(self, trials: list[int], at_once: int, ending: bool = False) -> None:
+        """So many at a time, each of which writes more than are kept on its way to the next rung; when it is
+        `ending` there, it leaves nothing."""
+        # The few first, so that the more wait when most write; last where those before are gone by then.
+        first = 0 if ending else len(trials) % at_once
+        lots = [trials[:first], *(trials[n : n + at_once] for n in range(first, len(trials), at_once))]
+        for lot in lots:
+            for _ in range(self.kept + 1):
+                self.write(lot)
+            if ending:
+                for trial in lot:
+                    del self.held[trial]
+
     def write(self, trials: list[int]) -> None:
         """All at the same time: the new ones are whole before old ones go."""
         for trial in trials:
@@ -26,29 +39,27 @@ class Disk:
             self.held[trial] = min(self.held[trial], self.kept)
 
 
-def play(cohorts: list[list[int]], kept: int, ties: float | None, draw: random.Random) -> int:
+def play(
+    cohorts: list[list[int]], kept: int, ties: float | None, draw: random.Random, at_once: int = 100
+) -> int:
     """The most checkpoints of a search; of a share `ties` of the stopped trials that are trained on."""
-    disk, stopped, number = Disk(kept), list[tuple[int, int]](), 0
+    disk, stopped, number = Disk(kept), list[int](), 0
     for counts in cohorts:
         going = list(range(number, number + counts[0]))
         number += counts[0]
         for place in range(len(counts) - 1):
-            disk.write(going)
+            disk.train(going, at_once)
             draw.shuffle(going)
             for trial in going[counts[place + 1] :]:
                 if ties is None:
                     del disk.held[trial]
                 else:
-                    stopped.append((trial, place))
+                    stopped.append(trial)
             going = going[: counts[place + 1]]
-        for trial in going:
-            disk.held.pop(trial, None)
+        disk.train(going, at_once, ending=True)
     if ties is not None:
         again = [one for one in stopped if draw.random() < ties]
-        for trial, _ in set(stopped) - set(again):
-            disk.held.pop(trial)
-        for place in range(1, len(cohorts[0]) - 1):
-            disk.write([trial for trial, before in again if before < place])
+        disk.train(again, at_once, ending=True)
     return disk.most
 
 
@@ -62,17 +73,24 @@ def test_no_search_has_more(kept: int) -> None:
             for _ in range(draw.randint(1, 4))
         ]
         assert play(cohorts, kept, None, draw) == most_checkpoints(cohorts, kept, keep_stopped=False)
-        for ties in (0.0, 0.5, 1.0):
-            assert play(cohorts, kept, ties, draw) <= most_checkpoints(cohorts, kept, keep_stopped=True)
+        at_once = draw.randint(1, 9)
+        most = most_checkpoints(cohorts, kept, keep_stopped=False, at_once=at_once)
+        assert play(cohorts, kept, None, draw, at_once) == most
+        for ties in (0.0, 0.5):
+            most = most_checkpoints(cohorts, kept, keep_stopped=True, at_once=at_once)
+            assert play(cohorts, kept, ties, draw, at_once) <= most
+        assert play(cohorts, kept, 1.0, draw, at_once) == most
 
 
 def test_by_hand() -> None:
     cohorts = [[4, 2, 1]] * 3
-    assert most_checkpoints(cohorts, 1, keep_stopped=False) == 4
-    # Six that stopped at the first rung have two each while they are written again, three one.
-    assert most_checkpoints(cohorts, 1, keep_stopped=True) == 15
+    assert most_checkpoints(cohorts, 1, keep_stopped=False) == 8, "one, and a second in the making"
+    assert most_checkpoints(cohorts, 1, keep_stopped=False, at_once=1) == 5, "one of them writes, three wait"
+    # Nine have stopped, each with one; all of them are trained on at a time, or two.
+    assert most_checkpoints(cohorts, 1, keep_stopped=True) == 18
+    assert most_checkpoints(cohorts, 1, keep_stopped=True, at_once=2) == 12
     assert most_checkpoints([[3, 3, 3, 3]], 2, keep_stopped=False) == 9, "two, and a third in the making"
-    assert most_checkpoints([[5]], 2, keep_stopped=True) == 0, "the last rung leaves none"
+    assert most_checkpoints([[5]], 2, keep_stopped=True, at_once=2) == 6, "without rungs before it none waits"
 
 
 def test_plans_know_how_many_are_kept() -> None:

@@ -124,13 +124,17 @@ def test_halving_trains_fewer_tokens() -> None:
     assert stage(plan, "search").tokens == 12 * 4096 + 6 * 4096 + 3 * 8192
     unhalved = planned(*HALVED, "search.halving=null")
     assert stage(unhalved, "search").tokens == 12 * 16384
-    # A cohort's weights and moments wait at a rung; without halving nothing does.
+    # A cohort's weights and moments wait at a rung, and beside them the next are being written; without
+    # halving none waits for others, so that only trials in training have some.
     largest = max(row.parameters for row in plan.feasible)
-    assert stage(plan, "search").disk_bytes == 4 * 12 * largest
-    assert stage(unhalved, "search").disk_bytes == 0
+    assert stage(plan, "search").disk_bytes == 4 * 2 * 12 * largest
+    assert stage(unhalved, "search").disk_bytes == 4 * 2 * 12 * largest
+    at_once = Layout(trials_at_once=3)
+    assert stage(plan, "search", layout=at_once).disk_bytes == (4 + 3) * 12 * largest
+    assert stage(unhalved, "search", layout=at_once).disk_bytes == 3 * 2 * 12 * largest
     # Where ties are trained on, what was stopped stays, see `test_checkpoints.py`.
     ties = stage(planned(*HALVED, "search.keep=ties"), "search")
-    assert ties.disk_bytes == 15 * 12 * largest
+    assert ties.disk_bytes == 9 * 2 * 12 * largest
 
 
 def test_ties_may_add_what_halving_saves() -> None:
@@ -151,12 +155,15 @@ def test_ties_may_add_what_halving_saves() -> None:
         assert cost.tokens + cost.tie_tokens == stage(all_kept, name).tokens, name
 
 
-@pytest.mark.parametrize(("halving", "waiting"), [("null", 4 * 2), ("{reduction: 2}", 4)])
-def test_a_group_leaves_checkpoints_at_each_rung(halving: str, waiting: int) -> None:
-    """Of cohorts of four: at the second of three rungs each still going has its first and its second."""
-    plan = planned(*HALVED, f"search.halving={halving}")
+@pytest.mark.parametrize(("halving", "at_once", "held"), [("null", 2, 2 * 3), ("{reduction: 2}", 2, 8 + 2)])
+def test_a_group_keeps_two_checkpoints(halving: str, at_once: int, held: int) -> None:
+    """Of cohorts of four: each has its last two, where it waits or trains, and those in training one more."""
+    plan, layout = (
+        planned(*HALVED, f"search.halving={halving}"),
+        Layout(trial_workers=2, trials_at_once=at_once),
+    )
     largest = max(row.parameters for row in plan.feasible)
-    assert stage(plan, "search", layout=Layout(trial_workers=2)).disk_bytes == waiting * 12 * largest
+    assert stage(plan, "search", layout=layout).disk_bytes == held * 12 * largest
 
 
 def test_distillation_counts_its_validations() -> None:
@@ -234,7 +241,7 @@ def test_zero_shot_and_baselines() -> None:
     spent = stage(plan, "search").tokens
     trained = -(-spent // 16384) + 1
     assert stage(plan, "baselines").tokens == trained * 16384
-    # Two of three rungs leave a state of weights and moments; beside the first the second is being written.
+    # Each has a state of weights and moments, and beside it the next is being written.
     largest = max(row.parameters for row in plan.feasible)
     assert stage(plan, "baselines").disk_bytes == 2 * trained * 12 * largest
 
