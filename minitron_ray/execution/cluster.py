@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError
+from minitron_ray.core.errors import EnvironmentFailure, Interrupted
 from minitron_ray.core.events import EventBus
 from minitron_ray.execution.nodes import check_nodes
 from minitron_ray.execution.ray_start import cluster_address, keep_logs, link_logs, start_ray
@@ -203,14 +204,18 @@ class Cluster:
         [result] = self._run(function, [(*arguments, hub.reporter())], all_of_it, at_once=1)
         return result
 
-    def map(self, function: Callable[..., Any], parts: Sequence[Any], *arguments: Any) -> list[Any]:
+    def map(
+        self, function: Callable[..., Any], parts: Sequence[Any], *arguments: Any, heeds_stop: bool = False
+    ) -> list[Any]:
         """`function(part, *arguments, report)` for every part, results in the order of `parts`; as many at
         a time as there are workers, each with what a worker reserves.
 
         A part whose worker is lost is done again by another. Progress that the parts report is added up.
-        Raises what the first to fail raised, and Interrupted on a stop; no other part goes on then.
+        Raises what the first to fail raised, and Interrupted on a stop; no other part goes on then. With
+        `heeds_stop` those in work are not killed but asked to stop, by `report`, and waited for.
         """
-        return self._run(function, self._calls(parts, arguments), self.worker(), at_once=self.workers())
+        calls = self._calls(parts, arguments)
+        return self._run(function, calls, self.worker(), at_once=self.workers(), heeds_stop=heeds_stop)
 
     @property
     def one_thread(self) -> bool:
@@ -226,10 +231,13 @@ class Cluster:
             at_once=self.settings.tokenizers or self.cpus,
         )
 
-    def map_groups(self, function: Callable[..., Any], parts: Sequence[Any], *arguments: Any) -> list[Any]:
+    def map_groups(
+        self, function: Callable[..., Any], parts: Sequence[Any], *arguments: Any, heeds_stop: bool = False
+    ) -> list[Any]:
         """The same for a function that has each part done by a `trial_group` and waits for it: it reserves
         nothing itself. As many parts at a time as there can be trials."""
-        return self._run(function, self._calls(parts, arguments), None, at_once=self.concurrent_trials())
+        calls = self._calls(parts, arguments)
+        return self._run(function, calls, None, at_once=self.concurrent_trials(), heeds_stop=heeds_stop)
 
     def _calls(self, parts: Sequence[Any], arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """The arguments of each part's call; progress that the parts report is added up."""
@@ -237,12 +245,18 @@ class Cluster:
         return [(part, *arguments, report) for part, report in zip(parts, reporters, strict=True)]
 
     def _run(
-        self, function: Callable[..., Any], calls: list[tuple[Any, ...]], each: Resources | None, at_once: int
+        self,
+        function: Callable[..., Any],
+        calls: list[tuple[Any, ...]],
+        each: Resources | None,
+        at_once: int,
+        heeds_stop: bool = False,
     ) -> list[Any]:
         """The results of the calls, each a task that reserves `each`, or nothing and stays where the run
         is; none goes on when one fails."""
         import ray
 
+        from minitron_ray.execution.failures import told
         from minitron_ray.execution.threads import with_threads
 
         threads = 1 if each is None else each.cpus
@@ -254,22 +268,41 @@ class Cluster:
         waiting = list(enumerate(calls))[::-1]
         running: dict[Any, int] = {}
         try:
-            while waiting or running:
-                while waiting and len(running) < at_once:
-                    number, arguments = waiting.pop()
-                    running[remote.remote(threads, function, *arguments)] = number
-                for task in ray.wait(list(running), timeout=0.5)[0]:
-                    number = running.pop(task)
-                    results[number] = ray.get(task)
-                if (waiting or running) and self.stop.requested:
-                    raise Interrupted("stopped by request")
+            with self._leaving_none(running, heeds_stop):
+                while waiting or running:
+                    while waiting and len(running) < at_once:
+                        number, arguments = waiting.pop()
+                        running[remote.remote(threads, function, *arguments)] = number
+                    for task in ray.wait(list(running), timeout=0.5)[0]:
+                        number = running.pop(task)
+                        results[number] = ray.get(task)
+                    if (waiting or running) and self.stop.requested:
+                        raise Interrupted("stopped by request")
         except ray.exceptions.RayTaskError as error:
-            raise root_cause(error) from error
+            raise told(root_cause(error), training=False) from error
         except ray.exceptions.RayError as error:
-            raise MinitronError(f"a worker was lost: {str(error).splitlines()[0]}") from error
+            raise EnvironmentFailure(
+                f"a worker was lost: {str(error).splitlines()[0]}; see logs/ in the run folder, then run the same "
+                "command again"
+            ) from error
+        return results
+
+    @contextmanager
+    def _leaving_none(self, running: Mapping[Any, int], heeds_stop: bool) -> Iterator[None]:
+        """However its block ends, none of the tasks goes on. Those that heed a stop come to a safe point before,
+        unless it is Ctrl-C once more."""
+        import ray
+
+        try:
+            yield
+        except Exception:
+            if heeds_stop and running:
+                self.hub.request_stop()
+                while ray.wait(list(running), num_returns=len(running), timeout=0.5)[1]:
+                    pass
+            raise
         finally:
             _end(list(running))
-        return results
 
     def _total(self, resource: str) -> float:
         import ray

@@ -26,6 +26,7 @@ from torch.distributed import DistError
 
 from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError
 from minitron_ray.execution.cluster import Cluster, GroupSize, root_cause
+from minitron_ray.execution.failures import first_line, told
 from minitron_ray.execution.termination import TerminableTorch, terminated
 from minitron_ray.execution.threads import with_threads
 from minitron_ray.weights.device import memory_shortage
@@ -96,13 +97,22 @@ def run_group_in_trial(
     size: GroupSize, function: Callable[[Any, Worker], Any], job: Any, reporter: Any
 ) -> Any:
     """The same from within a search trial's process, with a fixed size and a few attempts. It reserves
-    nothing itself. A stop reaches the workers through `reporter`."""
+    nothing itself. A stop reaches the workers through `reporter`. Raises EnvironmentFailure where workers
+    were lost in all attempts, or after a stop, and else what a worker raised."""
     for attempt in range(1, FAILURES + 1):
         try:
             return _Fit(_trainer(_name(), size, function, job, reporter), None).wait()
         except _RETRIED as error:
-            if not _lost(error, size.workers) or attempt == FAILURES or reporter.stop_requested():
-                raise _cause(error) from error
+            again = _lost(error, size.workers)
+            if again and attempt < FAILURES and not reporter.stop_requested():
+                continue
+            cause, causes = _cause(error), _causes(error) or [error]
+            if again and any(isinstance(one, (*_LOSSES, DistError)) for one in causes):
+                times = "" if attempt == 1 else f" {attempt} times"
+                raise EnvironmentFailure(
+                    f"workers were lost{times}: {first_line(cause)}; see logs/ in the run folder"
+                ) from error
+            raise cause from error
     raise AssertionError("unreachable")
 
 
@@ -126,7 +136,7 @@ class _Attempts:
                 value = self._attempt(workers)
             except _RETRIED as error:
                 if not _lost(error, workers):
-                    raise _told(_cause(error)) from error
+                    raise told(_cause(error)) from error
                 self._count(error)
                 continue
             if not isinstance(value, Again):
@@ -147,18 +157,18 @@ class _Attempts:
         cause, now = _cause(error), self._saved()
         self._failures = 1 if now > self._reached else self._failures + 1
         self._reached = now
-        last, self._last = self._last, _line(cause)
+        last, self._last = self._last, first_line(cause)
         # The same twice is no accident, but for NCCL, which words every loss of a connection alike.
         if self._failures > 1 and last == self._last and not isinstance(cause, (*_LOSSES, DistError)):
-            raise _told(cause)
+            raise told(cause)
         if self._cluster.stop.requested:
             raise Interrupted("stopped by request")
         if self._failures >= FAILURES:
             raise EnvironmentFailure(
                 f"the workers were lost {self._failures} times in a row with nothing saved in between; the last "
-                f"time: {_line(cause)}; see logs/ in the run folder, then run it again"
+                f"time: {first_line(cause)}; see logs/ in the run folder, then run it again"
             )
-        self._say(f"workers were lost ({_line(cause)}); the others begin again from what is saved")
+        self._say(f"workers were lost ({first_line(cause)}); the others begin again from what is saved")
 
     def _workers(self) -> int:
         """How many there is room for. Waits where that is less than the least, or where Ray is gone."""
@@ -313,7 +323,7 @@ def _lost(error: BaseException, workers: int) -> bool:
     """Whether another attempt may do better: a worker was lost, and none says more than that. Where all of
     them raised the same and none is gone, the program is at fault."""
     causes = _causes(error)
-    alike = len(causes) == workers and len({_line(cause) for cause in causes}) == 1
+    alike = len(causes) == workers and len({first_line(cause) for cause in causes}) == 1
     if alike and not isinstance(causes[0], _LOSSES):
         return False
     cause = _cause(error)
@@ -334,26 +344,6 @@ def _causes(error: BaseException) -> list[BaseException]:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [root_cause(failures[rank]) for rank in sorted(failures)]
     return [getattr(cause, "_base_exc", cause) for cause in causes]
-
-
-def _told(cause: BaseException) -> BaseException:
-    """What a worker raised, for people where it is the machine's fault and not the program's."""
-    if (shortage := memory_shortage(cause)) is not None:
-        return EnvironmentFailure(
-            f"a worker's device has too little memory: {shortage}; lower micro_batch, set "
-            "activation_checkpointing: true or give more workers in the cluster file, then run it again"
-        )
-    if isinstance(cause, OSError):
-        return EnvironmentFailure(
-            f"a worker can't go on: {_line(cause)}; mend that, then run it again: it goes on from what is saved"
-        )
-    return cause
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _on_worker(config: dict[str, Any]) -> Any:

@@ -22,8 +22,9 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from minitron_ray.core.errors import MinitronError
+from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.execution.cluster import HEAD, Cluster, GroupSize, root_cause
+from minitron_ray.execution.failures import first_line, left_off, of_the_machine
 from minitron_ray.execution.stop import StopSignal
 from minitron_ray.execution.threads import with_threads
 from minitron_ray.search.cohorts import FINISHED, Cohorts
@@ -57,10 +58,16 @@ class SearchRequest:
     """The second figure of a candidate with this result; None in a search for one."""
     group: GroupSize | None = None
     """The processes that the objective starts for each trial; None where its own is all."""
+    shape: Callable[[str], str] = str
+    """A candidate's name for people."""
 
 
 def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) -> None:
-    """Runs trials until all have ended, or the user asks to stop."""
+    """Runs trials until all have ended, or the user asks to stop.
+
+    Raises EnvironmentFailure when a trial can't go on for a reason that is the machine's and not its own: it
+    has not failed then, and no other is begun; those in work stop as the user's wish makes them.
+    """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     progress = _Progress(request, record)
     progress.settle()
@@ -94,27 +101,32 @@ def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) ->
             failure_config=tune.FailureConfig(max_failures=_RESTARTS),
         ),
     )
-    watcher = _StopWatcher(cluster)
+    watcher = _StopWatcher(cluster, progress)
     try:
         tuner.fit()
     except ray.exceptions.RayError as error:
-        raise MinitronError(f"the search was lost: {str(error).splitlines()[0]}") from error
+        raise EnvironmentFailure(
+            f"the search was lost: {str(error).splitlines()[0]}; run the same command again"
+        ) from error
     finally:
         watcher.close()
+    if progress.broken is not None and not cluster.stop.requested:
+        candidate_id, reason = progress.broken
+        raise left_off(request.shape(candidate_id), reason)
 
 
 class _StopWatcher:
-    """Passes the user's wish to stop on to the trials while `fit` holds the main thread."""
+    """Passes the user's wish to stop on to the trials while `fit` holds the main thread, or that of the machine."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, progress: _Progress) -> None:
         self._closing = threading.Event()
-        self._cluster = cluster
+        self._cluster, self._progress = cluster, progress
         self._thread = threading.Thread(target=self._watch, name="stop-watcher", daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
         while not self._closing.wait(0.2):
-            if self._cluster.stop.requested:
+            if self._cluster.stop.requested or self._progress.broken is not None:
                 self._cluster.hub.request_stop()
                 return
 
@@ -129,6 +141,9 @@ def _trial(config: dict[str, Any], objective: Callable[..., None], reporter: Any
         with_threads(threads, objective, config["candidate_id"], tune.report, reporter)
     except Exception as error:
         logging.getLogger(__name__).exception("trial %s failed", config["candidate_id"])
+        if of_the_machine(error):
+            tune.report({"broken": first_line(error)})
+            return
         told = str(error).strip().splitlines()
         tune.report({"failed": told[-1] if told else type(error).__name__})
 
@@ -141,22 +156,31 @@ class _Progress:
         self._cost, self._record = request.cost, record
         self._told: dict[str, Fate] = {}
         self._reasons: dict[str, str] = {}
+        self.broken: tuple[str, str] | None = None
+        """The first candidate whose trial can't go on on this machine, and why; it stays a running one."""
 
     def decide(self, candidate_id: str, result: dict[str, Any]) -> Fate:
         """From a result, before it is recorded."""
         if "failed" in result:
             self.fail(candidate_id, result["failed"])
+        if "broken" in result:
+            self.breaks(candidate_id, result["broken"])
         if "tokens" not in result:  # ended before its first report
             return self.cohorts.fates[candidate_id]
         cost = self._cost(candidate_id, result)
         return self.cohorts.report(candidate_id, result["tokens"], result["val_loss"], cost)
+
+    def breaks(self, candidate_id: str, reason: str) -> None:
+        """The machine's fault: nothing is said of the candidate."""
+        if self.broken is None or self.broken[0] == candidate_id:
+            self.broken = candidate_id, reason
 
     def fail(self, candidate_id: str, reason: str) -> None:
         self._reasons[candidate_id] = reason
         self.cohorts.fail(candidate_id)
 
     def recorded(self, candidate_id: str, result: dict[str, Any]) -> None:
-        if "failed" not in result:
+        if "tokens" in result:
             self._record.rung(candidate_id, result)
         self.settle()
 
@@ -177,7 +201,8 @@ class _NotPickled:
 
 
 class CohortSearcher(_NotPickled, Searcher):
-    """Hands out `{"candidate_id": ...}` as the cohorts say; ends with them, or on the user's wish to stop."""
+    """Hands out `{"candidate_id": ...}` as the cohorts say; ends with them, on the user's wish to stop, or when
+    the machine breaks a trial off."""
 
     def __init__(self, progress: _Progress, stop: StopSignal) -> None:
         super().__init__()
@@ -189,7 +214,7 @@ class CohortSearcher(_NotPickled, Searcher):
         return self._progress.cohorts.next(()) is FINISHED
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self._stop.requested:
+        if self._stop.requested or self._progress.broken is not None:
             return str(self.FINISHED)
         found = self._progress.cohorts.next(tuple(self._live.values()))
         self._progress.settle()
@@ -203,9 +228,8 @@ class CohortSearcher(_NotPickled, Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        candidate_id = self._live.pop(trial_id, None)
-        if error and candidate_id is not None:
-            self._progress.fail(candidate_id, "its process was lost")
+        """After an error the listener hears next what it was."""
+        self._live.pop(trial_id, None)
 
     def save(self, checkpoint_path: str) -> None:
         """Tune's snapshot of its searcher: empty."""
@@ -237,8 +261,12 @@ class _Listener(_NotPickled, tune.Callback):
         self._progress.recorded(trial.config["candidate_id"], result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error() or trial.get_error()
+        candidate_id, error = trial.config["candidate_id"], trial.get_pickled_error() or trial.get_error()
         cause = root_cause(error) if error is not None else None
-        told = str(cause).strip().splitlines()
-        self._progress.fail(trial.config["candidate_id"], told[-1] if told else type(cause).__name__)
+        if cause is None or of_the_machine(cause):
+            why = "" if cause is None else f": {first_line(cause)}"
+            self._progress.breaks(candidate_id, f"its process was lost{why}; see logs/ in the run folder")
+        else:
+            told = str(cause).strip().splitlines()
+            self._progress.fail(candidate_id, told[-1] if told else type(cause).__name__)
         self._progress.settle()

@@ -75,7 +75,7 @@ def forget_other_winners(plan: Plan, bench: Bench, winner: str) -> None:
 def _train(context: Context, entrants: list[Entrant], bench: Bench) -> None:
     """Each by a worker, or a group as a search trial has."""
     spread = context.cluster.map if bench.group is None else context.cluster.map_groups
-    spread(train_entrant, entrants, bench, len(entrants) * bench.tokens)
+    spread(train_entrant, entrants, bench, len(entrants) * bench.tokens, heeds_stop=True)
     context.check_stop()
 
 

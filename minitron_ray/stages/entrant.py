@@ -13,6 +13,7 @@ from typing import Any, Final
 from minitron_ray.distillation.loop import Share, Step
 from minitron_ray.distillation.teacher import TeacherSignal
 from minitron_ray.execution.cluster import GroupSize
+from minitron_ray.execution.failures import first_line, left_off, of_the_machine
 from minitron_ray.execution.train_group import Worker, run_group_in_trial
 from minitron_ray.importance.controls import control_scores
 from minitron_ray.importance.scores import Scores
@@ -169,20 +170,24 @@ class Bench:
             self.write(entrant, kept | {"origin": entrant.origin, "cohort": None, "copied": True})
 
 
-def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Callable[..., None]) -> None:
-    """In a worker: train one student and write its rows, from the last rung of an attempt that was killed.
-    One that cannot be trained ends as failed."""
+def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Any) -> None:
+    """In a worker: train one student and write its rows, from the state of an attempt that was ended. One that
+    cannot be trained ends as failed.
+
+    On a stop, by `report`, it keeps its state. Raises EnvironmentFailure where the machine can't go on with it,
+    which says nothing of the student: its state stays, too.
+    """
     bench.clear(entrant)
     name = entrant.subject
     report("trial_started", candidate_id=name, shape=entrant.text, parameters=entrant.shape.parameters)
     reason = None
     try:
         with told_of_memory(bench.setting, entrant.text):
-            if bench.group is None:
-                _train(entrant, bench, total, bench.setting.share(), report)
-            else:
-                run_group_in_trial(bench.group, train_in_group, (entrant, bench, total), report)
+            if not _to_its_end(entrant, bench, total, report):
+                return
     except Exception as error:  # the other students, and the run, go on without it
+        if of_the_machine(error):
+            raise left_off(entrant.text, first_line(error)) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         last = bench.last(entrant) or entrant.trial_row(0, "failed")
         bench.write(entrant, last | {"status": "failed", "final": True, "reason": reason})
@@ -200,15 +205,32 @@ def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Callable[.
     )
 
 
-def train_in_group(job: tuple[Entrant, Bench, int], worker: Worker) -> None:
-    """On every rank: train the student that they share. Rank 0 writes the rows."""
+def _to_its_end(entrant: Entrant, bench: Bench, total: int, report: Any) -> bool:
+    """Whether it came there, or was stopped before."""
+    if bench.group is None:
+        return _train(entrant, bench, total, bench.setting.share(), report, report.stop_requested)
+    while not run_group_in_trial(bench.group, train_in_group, (entrant, bench, total), report):
+        if report.stop_requested():
+            return False  # else one of its workers was told to end, and another group goes on
+    return True
+
+
+def train_in_group(job: tuple[Entrant, Bench, int], worker: Worker) -> bool:
+    """On every rank: train the student that they share, to its end or a stop. Rank 0 writes the rows."""
     entrant, bench, total = job
     share = bench.setting.share(worker.rank, worker.world, worker.device)
-    _train(entrant, bench, total, share, worker.report)
+    return _train(entrant, bench, total, share, worker.report, worker.stop_requested)
 
 
-def _train(entrant: Entrant, bench: Bench, total: int, share: Share, report: Callable[..., None]) -> None:
-    """Writes a row at every rung, those that an earlier attempt passed included."""
+def _train(
+    entrant: Entrant,
+    bench: Bench,
+    total: int,
+    share: Share,
+    report: Callable[..., None],
+    stop: Callable[[], bool],
+) -> bool:
+    """Writes a row at every rung, those that an earlier attempt passed included. Whether it came to the last."""
     setting = bench.setting
     first, rungs = setting.splits.validation.start, itertools.count()
 
@@ -238,12 +260,14 @@ def _train(entrant: Entrant, bench: Bench, total: int, share: Share, report: Cal
         )
 
     student = bench.student(entrant, share)
-    retrain(
+    rungs_passed = retrain(
         setting,
         student,
         bench.teacher(share),
         share,
         on_rung=on_rung,
         on_step=on_step,
+        stop=stop,
         resume=bench.state(entrant, share.rank),
     )
+    return rungs_passed[-1].final

@@ -58,9 +58,14 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
     proposer = _Proposer(context, plan, sampler)
     cohorts = _cohorts(plan, store, proposer, cost)
     record = Record(context, plan, cohorts, checkpoints, keep_stopped=search.keep == "ties")
-    run_search(
-        context.cluster, SearchRequest(objective=objective, cohorts=cohorts, cost=cost, group=group), record
+    request = SearchRequest(
+        objective=objective,
+        cohorts=cohorts,
+        cost=cost,
+        group=group,
+        shape=lambda candidate_id: plan.candidate(candidate_id).shape_text(),
     )
+    run_search(context.cluster, request, record)
     context.check_stop()
     proposer.write_study(cohorts.told())
     shutil.rmtree(checkpoints, ignore_errors=True)

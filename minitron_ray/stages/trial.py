@@ -324,8 +324,8 @@ def told_of_memory(setting: Setting, student: str) -> Iterator[None]:
         remedies += [] if setting.engine.recompute else ["set activation_checkpointing: true"]
         raise EnvironmentFailure(
             f"{student} at micro_batch {setting.micro_batch} needs more memory than there is for a trial: {shortage}; "
-            f"{', '.join(remedies)}{' or ' if remedies else ''}raise trial_workers in the cluster file, then run it "
-            "again"
+            f"{', '.join(remedies)}{' or ' if remedies else ''}raise trial_workers in the cluster file, then run the "
+            "same command again"
         ) from error
 
 

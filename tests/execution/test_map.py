@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from minitron_ray.core.errors import Interrupted, MinitronError
+from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError
 from minitron_ray.core.events import Event, EventBus
 from minitron_ray.data import reading, tokens
 from minitron_ray.data.sources.files import Files
@@ -31,6 +32,32 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     settings = ClusterSettings(workers=2, worker=Resources(cpus=1))
     with Cluster(settings, tmp_path_factory.mktemp("run"), EventBus(), StopSignal()) as cluster:
         yield cluster
+
+
+def full(part: int, folder: Path, report: Any) -> None:
+    """The first finds the disk full once both have begun; the other ends when it is asked to stop."""
+    (folder / f"{part}").touch()
+    deadline = time.monotonic() + 60
+    while len(list(folder.iterdir())) < 2 or (part and not report.stop_requested()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if part == 0:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    (folder / "saved").touch()
+
+
+def test_who_heeds_a_stop_comes_to_a_safe_point_before_an_error_is_told(tmp_path: Path) -> None:
+    """First of all, with a cluster of its own: one that has asked its workers to stop goes on asking."""
+    folder, settings = tmp_path / "parts", ClusterSettings(workers=2, worker=Resources(cpus=1))
+    folder.mkdir()
+    with (
+        Cluster(settings, tmp_path / "run", EventBus(), StopSignal()) as cluster,
+        pytest.raises(
+            EnvironmentFailure, match=r"a worker can't go on: .*No space left on device; mend that"
+        ),
+    ):
+        cluster.map(full, [0, 1], folder, heeds_stop=True)
+    assert (folder / "saved").exists()
 
 
 def square(part: int, power: int, report: Any) -> tuple[int, int, int]:
@@ -110,12 +137,26 @@ def test_a_part_whose_worker_is_lost_is_done_again(cluster: Cluster, tmp_path: P
     assert cluster.map(die_once, [tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
 
 
+def too_large(part: int, report: Any) -> None:
+    import torch
+
+    torch.empty(2**50)
+
+
+def test_memory_that_a_worker_cannot_have_is_no_traceback(cluster: Cluster) -> None:
+    with pytest.raises(
+        EnvironmentFailure, match=r"has too little memory: .*allocate.*; lower micro_batch"
+    ) as caught:
+        cluster.map(too_large, [0])
+    assert "\n" not in caught.value.message and caught.value.exit_code == 3
+
+
 def always_die(part: int, report: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_workers_that_keep_dying_are_an_error(cluster: Cluster) -> None:
-    with pytest.raises(MinitronError, match="a worker was lost"):
+    with pytest.raises(EnvironmentFailure, match="a worker was lost"):
         cluster.map(always_die, [0])
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.core.events import EventBus
 from minitron_ray.execution.cluster import Cluster
 from minitron_ray.execution.settings import ClusterSettings, Resources
@@ -41,7 +43,8 @@ def loss(name: str, tokens: int) -> float:
 
 
 def objective(candidate_id: str, report: Any, reporter: Any, *, folder: Path, slow: float = 0.0) -> None:
-    """Keeps a line a rung it computed, with its process; `bad` raises, `dies` ends its process once."""
+    """Keeps a line a rung it computed, with its process; `bad` raises, `dies` ends its process once, `gone` until
+    it is told not to, `full` finds no room on the disk until it is told that there is."""
     log = folder / candidate_id
     done = log.read_text().splitlines() if log.exists() else []
     for place, tokens in enumerate((0, *RULE.rungs)):
@@ -52,6 +55,10 @@ def objective(candidate_id: str, report: Any, reporter: Any, *, folder: Path, sl
             if candidate_id.startswith("dies") and tokens == 20 and not (folder / "died").exists():
                 (folder / "died").touch()
                 os._exit(1)
+            if candidate_id.startswith("gone") and tokens == 20 and not (folder / "stays").exists():
+                os._exit(1)
+            if candidate_id.startswith("full") and tokens == 10 and not (folder / "room").exists():
+                raise OSError(errno.ENOSPC, "No space left on device")
             with log.open("a") as file:
                 file.write(f"{tokens} {os.getpid()}\n")
         report({"tokens": tokens, "val_loss": loss(candidate_id, tokens), "final": tokens == 40})
@@ -93,7 +100,7 @@ def trained(folder: Path) -> dict[str, list[int]]:
     return {
         path.name: [int(line.split()[0]) for line in path.read_text().splitlines()]
         for path in folder.iterdir()
-        if path.name != "died"
+        if path.name not in ("died", "room", "stays")
     }
 
 
@@ -106,7 +113,7 @@ def expected(names: Sequence[str]) -> dict[str, int]:
 
 
 def test_a_stop_and_going_on(tmp_path: Path) -> None:
-    """What is known at a stop is not computed again. First of all, as its clusters are its own."""
+    """What is known at a stop is not computed again. Among the first, as its clusters are its own."""
     names = [f"a{number}" for number in range(4)]
     folder, notes = tmp_path / "logs", Notes()
     folder.mkdir()
@@ -125,6 +132,40 @@ def test_a_stop_and_going_on(tmp_path: Path) -> None:
         name: [tokens for tokens in (0, *RULE.rungs) if tokens <= last]
         for name, last in expected(names).items()
     }
+
+
+def test_what_the_machine_breaks_off_has_not_failed(tmp_path: Path) -> None:
+    """A full disk, then a process that is lost again and again: each ends the search, with nothing decided on
+    the candidate; in the end all is as if nothing had been. Its clusters are its own, too."""
+    names = ["full0", "gone0"]  # better than the others: they go on past the rungs where they are broken off
+    names += sorted((f"c{n}" for n in range(40)), key=lambda name: -loss(name, 0))[:2]
+    assert max(loss(name, 0) for name in names[:2]) < min(loss(name, 0) for name in names[2:])
+    folder, notes = tmp_path / "logs", Notes()
+    folder.mkdir()
+
+    def attempt(run: str) -> None:
+        known = {name: Known(cohort=0, losses=dict(rungs)) for name, rungs in notes.rungs.items()}
+        settings = ClusterSettings(trial=Resources(cpus=1))
+        with Cluster(settings, tmp_path / run, EventBus(), StopSignal()) as cluster:
+            asked = replace(request(folder, [names], known), shape=lambda name: f"shape of {name}")
+            run_search(cluster, asked, notes)
+
+    with pytest.raises(
+        EnvironmentFailure, match=r"^shape of full0: .*No space left on device; mend that, then run"
+    ):
+        attempt("full")
+    assert not notes.ends and notes.rungs["full0"].keys() == {0}, "its rows stay"
+    (folder / "room").touch()
+    with pytest.raises(
+        EnvironmentFailure, match=r"^shape of gone0: its process was lost: .*run the same command"
+    ):
+        attempt("gone")
+    assert "failed" not in {fate.state for fate, _ in notes.ends.values()}
+    (folder / "stays").touch()
+    attempt("again")
+    assert {name: fate.tokens for name, (fate, _) in notes.ends.items()} == expected(names)
+    assert {name: max(rungs) for name, rungs in trained(folder).items()} == expected(names)
+    assert all(len(set(rungs)) == len(rungs) for rungs in trained(folder).values()), "no rung is made twice"
 
 
 def test_cohorts_one_after_the_other(cluster: Cluster, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import ray
 import torch
 
-from minitron_ray.core.errors import EnvironmentFailure
-from minitron_ray.execution.train_group import _lost, _told
+from minitron_ray.core.errors import EnvironmentFailure, MinitronError
+from minitron_ray.execution.failures import left_off, of_the_machine, told
+from minitron_ray.execution.train_group import _lost
 
 
 @pytest.mark.parametrize(
@@ -21,8 +23,8 @@ from minitron_ray.execution.train_group import _lost, _told
     ],
 )
 def test_the_machines_faults_are_one_line(raised: Exception, said: str) -> None:
-    told = _told(raised)
-    assert isinstance(told, EnvironmentFailure) and said in told.message and "\n" not in told.message
+    found = told(raised)
+    assert isinstance(found, EnvironmentFailure) and said in found.message and "\n" not in found.message
 
 
 def _on_the_cpu() -> object:
@@ -48,12 +50,41 @@ def test_memory_that_cannot_be_had_is_told_and_not_asked_for_again(allocate: Cal
     """More than any machine has, of whoever gives it out."""
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         allocate()
-    told = _told(caught.value)
-    assert isinstance(told, EnvironmentFailure) and "lower micro_batch" in told.message
-    assert "\n" not in told.message and "enforce fail" not in told.message
+    found = told(caught.value)
+    assert isinstance(found, EnvironmentFailure) and "lower micro_batch" in found.message
+    assert "\n" not in found.message and "enforce fail" not in found.message
     assert not _lost(caught.value, workers=2)
+
+
+def test_what_was_not_training_has_other_settings_to_lower() -> None:
+    found = told(torch.OutOfMemoryError("CUDA out of memory."), training=False)
+    assert isinstance(found, EnvironmentFailure) and "activation_checkpointing" not in found.message
+    assert "; lower micro_batch, set importance: streamed" in found.message
+
+
+@pytest.mark.parametrize(
+    ("raised", "so"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (EnvironmentFailure("1L at micro_batch 2 needs more memory"), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (ray.exceptions.WorkerCrashedError(), True),
+        (MinitronError("loss nan at step 3 is not finite"), False),
+        (RuntimeError("sizes 3 and 4 do not match"), False),
+    ],
+)
+def test_whose_fault_it_is(raised: Exception, so: bool) -> None:
+    assert of_the_machine(raised) == so
+
+
+def test_what_to_do_is_said_once() -> None:
+    assert left_off("1L", "disk full").message == (
+        "1L: disk full; mend that, then run the same command again: it goes on from what is saved"
+    )
+    whole = "1L needs memory; lower it, then run the same command again"
+    assert left_off("1L", whole).message == whole
 
 
 def test_a_fault_of_the_program_stays_what_it_is() -> None:
     fault = RuntimeError("sizes 3 and 4 do not match")
-    assert _told(fault) is fault
+    assert told(fault) is fault

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.core.events import EventBus
 from minitron_ray.core.loading import load
 from minitron_ray.execution.cluster import GroupSize
@@ -40,17 +44,22 @@ class Killed(BaseException):
 
 
 class Told(list[tuple[str, dict[str, Any]]]):
-    """Events in the order in which a worker reports them; it is never asked to stop. Behind the step that ends
-    at so many tokens the worker is killed."""
+    """Events in the order in which a worker reports them. Behind the step that ends at so many tokens the worker
+    is killed, or raises an error; or it is asked to stop with that step."""
 
-    def __init__(self, killed_at: int | None = None) -> None:
+    def __init__(
+        self,
+        killed_at: int | None = None,
+        error: BaseException | None = None,
+        stopped_at: int | None = None,
+    ) -> None:
         super().__init__()
-        self._killed_at = killed_at
+        self._killed_at, self._error, self._stopped_at = killed_at, error or Killed(), stopped_at
 
     def __call__(self, kind: str, **fields: Any) -> None:
         self.append((kind, fields))
         if kind == "stage_progress" and fields["done"] == self._killed_at:
-            raise Killed
+            raise self._error
 
     @property
     def steps(self) -> list[int]:
@@ -58,7 +67,8 @@ class Told(list[tuple[str, dict[str, Any]]]):
         return [fields["done"] for kind, fields in self if kind == "stage_progress"]
 
     def stop_requested(self) -> bool:
-        return False
+        """Asked once a step, before it ends, and by whoever waits for a group."""
+        return self._stopped_at is not None and len(self.steps) + 1 >= self._stopped_at // 128
 
 
 def bench_of(tmp_path: Path, model: Path, text: Path, *overrides: str) -> tuple[Bench, dict[str, Any]]:
@@ -242,6 +252,35 @@ def test_one_that_is_killed_goes_on_from_its_last_rung(
         assert [row[name] for name in FIGURES] == [other[name] for name in FIGURES]
     assert losses_of(bench_, entrant.subject) == losses_of(whole, entrant.subject)
     assert not bench_.folder(entrant).exists() and not whole.folder(entrant).exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "again_from"),
+    [
+        (Told(640, OSError(errno.ENOSPC, "No space left on device")), 512),
+        (Told(640, torch.OutOfMemoryError("CUDA out of memory.")), 512),
+        (Told(stopped_at=640), 640),
+    ],
+    ids=["disk", "memory", "stop"],
+)
+def test_what_the_machine_or_the_user_ends_has_not_failed(
+    bench: tuple[Bench, dict[str, Any]], tmp_path: Path, told: Told, again_from: int
+) -> None:
+    """It goes on from its state, to the rows of one that nothing ended."""
+    bench_, shapes = bench
+    entrant = Entrant(origin="scratch", shape=next(iter(shapes.values())))
+    whole = replace(bench_, store=Store(tmp_path / "whole", "x", "1"), states=tmp_path / "others")
+    rows, _ = trained(whole, "scratch", entrant.shape)
+    said = pytest.raises(EnvironmentFailure, match=f"^{re.escape(entrant.text)}.*run the same command again")
+    with nullcontext() if again_from == 640 else said:
+        train_entrant(entrant, bench_, 1024, told)
+    assert not endings(bench_.store) and bench_.folder(entrant).exists()
+    assert "trial_finished" not in {kind for kind, _ in told}
+    again, heard = trained(bench_, "scratch", entrant.shape)
+    assert heard.steps == list(range(again_from + 128, 1025, 128))
+    for row, other in zip(rows, again, strict=True):
+        assert [row[name] for name in FIGURES] == [other[name] for name in FIGURES]
+    assert not bench_.folder(entrant).exists()
 
 
 def _rank(rank: int, world: int, bench: Bench, entrants: list[Entrant], out: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_trial_without_memory_names_its_shape_and_what_to_lower(setting: Setti
     assert told.startswith("EnvironmentFailure: 1L 48H 6h/3 39992m at micro_batch 2 needs more memory"), told
     assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in told
     assert "lower micro_batch or concurrent_trials, set activation_checkpointing: true" in told
-    assert "in the cluster file, then run it again" in told and "\n" not in told
+    assert "in the cluster file, then run the same command again" in told and "\n" not in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU's trials may lower")

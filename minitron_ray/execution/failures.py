@@ -1,0 +1,55 @@
+"""Failures of the machine, told from those of the work that it does.
+
+What the machine is at fault for (memory, a disk, a process or node that was lost) says nothing about the
+work: when that is mended, the same work is done again, from what is saved of it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import ray
+
+from minitron_ray.core.errors import EnvironmentFailure
+from minitron_ray.weights.device import memory_shortage
+
+_AGAIN: Final = "run the same command again"
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether the machine is at fault for what was raised, out of Ray's wrappings."""
+    if isinstance(error, EnvironmentFailure | OSError | ray.exceptions.RayError):
+        return not isinstance(error, ray.exceptions.RayTaskError)
+    return memory_shortage(error) is not None
+
+
+def told(error: BaseException, *, training: bool = True) -> BaseException:
+    """What a worker raised, for people where it is the machine's fault and not the program's. Other settings
+    help where it was not `training`, but ran a model forward."""
+    if (shortage := memory_shortage(error)) is not None:
+        more = "set activation_checkpointing: true or give more workers"
+        if not training:
+            more = "set importance: streamed for scores, or have fewer workers where they share memory,"
+        return EnvironmentFailure(
+            f"a worker's device has too little memory: {shortage}; lower micro_batch, {more} in the cluster file, then "
+            "run it again"
+        )
+    if isinstance(error, OSError):
+        return EnvironmentFailure(
+            f"a worker can't go on: {first_line(error)}; mend that, then run it again: it goes on from what is saved"
+        )
+    return error
+
+
+def left_off(name: str, reason: str) -> EnvironmentFailure:
+    """Says that the work on `name` could not go on for `reason`, and what to do."""
+    said = reason if reason.startswith(name) else f"{name}: {reason}"
+    if _AGAIN not in said:
+        said += f"; mend that, then {_AGAIN}: it goes on from what is saved"
+    return EnvironmentFailure(said)
+
+
+def first_line(error: BaseException) -> str:
+    """Of a message, the first that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
