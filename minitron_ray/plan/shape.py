@@ -33,7 +33,8 @@ def fixed_shape(
     arch = candidate.architecture(teacher)
     if problem := Refusals(family, teacher, rules).of(candidate):
         raise ConfigError(
-            f"shape: {arch.shape_text()} can't be cut from the teacher's {teacher.shape_text()}: {problem}"
+            f"shape: {arch.shape_text()} can't be cut from the teacher's {teacher.shape_text()}: {problem}; "
+            "change the sizes that this is about"
         )
     return CandidateRow(
         candidate=candidate,

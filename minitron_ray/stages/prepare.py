@@ -33,6 +33,7 @@ from minitron_ray.stages.start import NO_RUNS, start_folder
 from minitron_ray.stages.text_sources import source_rows
 from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.fetch import resolve_teacher
+from minitron_ray.weights.soundness import sound_digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ def prepare(
     family = family_of(checkpoint.config)
     arch = family.read(checkpoint.config)
     checkpoint.check(family, arch)
+    teacher_digest = sound_digest(checkpoint)  # before hours may go into the text
     if start is not None:
         check_same_tokenizer(folder, start.folder, (teacher.path, start.config.source))
     stop.check()
@@ -89,7 +91,7 @@ def prepare(
     separator = load_tokenizer(folder).separator if experiment.data.documents == "apart" else None
     measured = experiment.importance.depth.inputs(base)
     inputs = Inputs(
-        teacher=checkpoint.digest(),
+        teacher=teacher_digest,
         data=tokens.digest if separator is None else digest([tokens.digest, {"apart": separator}]),
         start=None if start is None else start.digest,
         depth=measured,
@@ -153,7 +155,7 @@ class _Start:
         checkpoint.check(family, arch)
         return cls(
             folder=found.folder.resolve(),
-            digest=checkpoint.digest(),
+            digest=sound_digest(checkpoint),
             parameters=format_count(family.parameters(arch)),
             config=StartConfig(config=checkpoint.config, source=found.source),
         )

@@ -6,7 +6,7 @@ Only safetensors are read: unpickling a `.bin` file can run code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -146,11 +146,13 @@ class Checkpoint:
             found.remove(head)
         if missing := [name for name in expected if name not in self._headers]:
             raise ConfigError(
-                f"{self.folder}: the weights lack {_few(missing)}, which {family.model_type} has"
+                f"{self.folder}: the weights lack {_few(missing)}, which {family.model_type} has; fetch the model "
+                f"again, or put right what config.json says of it"
             )
         if extra := [name for name in found if name not in expected]:
             raise ConfigError(
-                f"{self.folder}: unknown tensors {_few(extra)}, which {family.model_type} does not have"
+                f"{self.folder}: unknown tensors {_few(extra)}, which {family.model_type} does not have; a student "
+                f"would lack what they do: take them out, or choose another model"
             )
         for name, shape in expected.items():
             if self.shape(name) != shape:
@@ -162,14 +164,19 @@ class Checkpoint:
                     f"{self.folder}: {name} is stored as {self.dtype(name)}; give plain float weights"
                 )
 
-    def digest(self) -> str:
-        """sha256 over the config and every weight file, by content and file name (64 hex digits)."""
-        return digest([self.written, [[name, file_sha256(self.folder / name)] for name in self.files]])
+    def digest(self, sha256: Callable[[Path], str] = file_sha256) -> str:
+        """sha256 over the config and every weight file, by content and file name (64 hex digits).
+
+        `sha256` gives that of a file, for one who reads the bytes to more than this purpose.
+        """
+        return digest([self.written, [[name, sha256(self.folder / name)] for name in self.files]])
 
     def _check_tied(self, head: str, embedding: str) -> None:
         import torch
 
-        if not torch.equal(self.tensor(head), self.tensor(embedding)):
+        one, other = self.tensor(head), self.tensor(embedding)
+        # By their bits, too: NaN, which is found and told of elsewhere, equals nothing.
+        if not torch.equal(one, other) and not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
             raise ConfigError(
                 f"{self.folder}: {head} differs from the embedding, but config.json says they are tied "
                 f"(tie_word_embeddings)"

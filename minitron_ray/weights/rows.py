@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
     start: int
     """Bytes from the start of the file."""
     size: int
@@ -36,7 +36,7 @@ class StoredRows:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._spans = {file: _spans(checkpoint.folder / file) for file in checkpoint.files}
+        self._spans = {file: spans(checkpoint.folder / file) for file in checkpoint.files}
         self._files: dict[str, DirectFile] = {}
         self._opening = threading.Lock()
         self._memory = threading.local()
@@ -94,13 +94,13 @@ class StoredRows:
         return held
 
 
-def _spans(path: Path) -> dict[str, _Span]:
+def spans(path: Path) -> dict[str, Span]:
     """Where each tensor's bytes stand in a safetensors file."""
     try:
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header: dict[str, Any] = json.loads(stream.read(length))
         entries = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        return {name: _Span(8 + length + start, end - start) for name, (start, end) in entries.items()}
+        return {name: Span(8 + length + start, end - start) for name, (start, end) in entries.items()}
     except (OSError, ValueError, struct.error, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from error
