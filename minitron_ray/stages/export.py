@@ -121,7 +121,8 @@ def export_student(
     kind = getattr(torch, dtype)
     tensors: Mapping[str, torch.Tensor]
     if isinstance(source, Cut):
-        config, tensors = setting.cut(source.candidate, source.scores, kind)
+        config, made = setting.cut(source.candidate, source.scores, kind)
+        tensors = dict(made)  # cut once, for the folder and for the model that it is held against
     else:
         checkpoint = Checkpoint(source)
         config = checkpoint.config

@@ -37,7 +37,7 @@ from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.device import compute_dtype, free_memory, local_device
 from minitron_ray.weights.headless import Headless
 from minitron_ray.weights.model import build
-from minitron_ray.weights.surgery import cut
+from minitron_ray.weights.surgery import CutTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -233,11 +233,12 @@ class Setting:
     def cut(
         self, candidate: Candidate, scores: Scores, dtype: torch.dtype
     ) -> tuple[dict[str, Any], Mapping[str, torch.Tensor]]:
-        """The `config.json` and the weights of the undistilled student."""
+        """The `config.json` and the weights of the undistilled student, each cut whenever it is asked for: of what
+        is built layer by layer, or spread over ranks, no process holds them all."""
         checkpoint, family, whole = self.checkpoint, self.family, self.architecture
         kept = self._kept(candidate, scores)
         config = family.student_config(checkpoint.config, candidate.architecture(whole), kept)
-        return config, cut(checkpoint, family, whole, kept, dtype=dtype)
+        return config, CutTensors(checkpoint, family, whole, kept, dtype=dtype)
 
     def student_config(self, candidate: Candidate, scores: Scores) -> dict[str, Any]:
         """The student's `config.json`."""

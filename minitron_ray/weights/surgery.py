@@ -1,4 +1,4 @@
-"""`cut`: the teacher's weights with only the kept units, one tensor at a time.
+"""`CutTensors`: the teacher's weights with only the kept units, one tensor at a time.
 
 Rows are taken before columns, so that of a memory-mapped tensor only the kept rows are read. A
 tensor with no rows or columns to lose is copied as it is: cutting to the full shape gives the same
@@ -37,6 +37,54 @@ Selection = list[Term] | None
 """What a dimension of the student is made of, the sum of its terms; None for the teacher's as it is."""
 
 
+class CutTensors(Mapping[str, "torch.Tensor"]):
+    """The student's weights by name, each cut when it is asked for and again the next time: contiguous, in memory of
+    its own, in `dtype` (the source's where None). No more is held than the caller holds.
+
+    Layers and experts are numbered anew. Merged heads and KV heads are summed in float32. Raises
+    ValueError where `kept` is no selection of `teacher`'s units, or a tensor of `source` has another
+    shape than the table says.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint | Tensors,
+        family: Family,
+        teacher: Architecture,
+        kept: Kept,
+        *,
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        self._take = source.tensor if isinstance(source, Checkpoint) else source.__getitem__
+        self._family, self._teacher, self._kept = family, teacher, kept
+        self._student = kept.architecture(teacher)
+        self._dtype = None if dtype is None else torch_dtype(dtype)
+        self._rows = {row.name: row for row in family.rows(self._student)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        """Layer by layer."""
+        return iter(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows  # without cutting it
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        row = self._rows[name]
+        origin = origin_name(row, self._kept)
+        tensor = self._take(origin)
+        expected = self._family.shape(row.tensor, self._teacher)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{origin} has shape {tuple(tensor.shape)}, expected {expected}")
+        out = select(tensor, selections(row, self._teacher, self._kept))
+        if row.tensor.rescaled is not None:
+            out = row.tensor.rescaled(out, self._teacher, self._student)
+        out = out.detach().to(self._dtype or tensor.dtype).contiguous()
+        return out.clone() if out.data_ptr() == tensor.data_ptr() else out
+
+
 def cut(
     source: Checkpoint | Tensors,
     family: Family,
@@ -45,8 +93,8 @@ def cut(
     *,
     dtype: torch.dtype | str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The student's weights, as `cut_tensors` gives them, all in memory."""
-    return dict(cut_tensors(source, family, teacher, kept, dtype=dtype))
+    """The student's weights, as `CutTensors` gives them, all in memory."""
+    return dict(CutTensors(source, family, teacher, kept, dtype=dtype))
 
 
 def cut_tensors(
@@ -57,27 +105,9 @@ def cut_tensors(
     *,
     dtype: torch.dtype | str | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of each of the student's weights, layer by layer: contiguous, in memory of its
-    own, in `dtype` (the source's where None). Peak memory is that of the largest tensor.
-
-    Layers and experts are numbered anew. Merged heads and KV heads are summed in float32. Raises
-    ValueError where `kept` is no selection of `teacher`'s units, or a tensor of `source` has another
-    shape than the table says.
-    """
-    student = kept.architecture(teacher)
-    kind = None if dtype is None else torch_dtype(dtype)
-    take = source.tensor if isinstance(source, Checkpoint) else source.__getitem__
-    for row in family.rows(student):
-        origin = origin_name(row, kept)
-        tensor = take(origin)
-        expected = family.shape(row.tensor, teacher)
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{origin} has shape {tuple(tensor.shape)}, expected {expected}")
-        out = select(tensor, selections(row, teacher, kept))
-        if row.tensor.rescaled is not None:
-            out = row.tensor.rescaled(out, teacher, student)
-        out = out.detach().to(kind or tensor.dtype).contiguous()
-        yield row.name, out.clone() if out.data_ptr() == tensor.data_ptr() else out
+    """Name and tensor of each of the student's weights, as `CutTensors` gives them, in its order. Peak memory is
+    that of the largest tensor."""
+    yield from CutTensors(source, family, teacher, kept, dtype=dtype).items()
 
 
 def origin_name(row: Row, kept: Kept) -> str:

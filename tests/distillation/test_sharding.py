@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import UserDict
 from pathlib import Path
 
 import torch
@@ -10,36 +9,30 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from minitron_ray.distillation.sharding import Sharding
+from minitron_ray.models.families import family_of
+from minitron_ray.models.kept import Kept
 from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.headless import Headless, final_hidden
 from minitron_ray.weights.model import build, initialized
+from minitron_ray.weights.surgery import CutTensors
 from tests.processes import begin_group
+from tests.watched import Watched
 
 CPU = torch.device("cpu")
 IDS = torch.arange(24)[None] % 11
 
 
-class Read(UserDict[str, torch.Tensor]):
-    """Weights, and the names of those that have been asked for."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__({name: checkpoint.tensor(name) for name in checkpoint.names()})
-        self.names: list[str] = []
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        self.names.append(name)
-        return super().__getitem__(name)
-
-
 def by_layer(folder: Path, sharding: Sharding) -> Headless:
-    """The model of a folder, each layer in shards before the next is read."""
+    """All of the model of a folder as it is cut, each layer in shards before the next is."""
     checkpoint = Checkpoint(folder)
-    weights, done = Read(checkpoint), list[torch.nn.Module]()
+    family = family_of(checkpoint.config)
+    arch = family.read(checkpoint.config)
+    cut = CutTensors(checkpoint, family, arch, Kept.whole(arch), dtype="float32")
+    weights, done = Watched(cut, family.rows(arch)), list[torch.nn.Module]()
 
     def each_layer(layer: torch.nn.Module) -> None:
-        assert not any(
-            f"layers.{number}." in name for name in weights.names for number in range(len(done) + 1, 4)
-        )
+        layers = {name.split(".")[2] for name in weights.alive if "layers." in name}
+        assert layers == {str(len(done))}, layers
         assert not any(parameter.is_meta for parameter in layer.parameters())
         assert all(isinstance(one, DTensor) for before in done for one in before.parameters())
         sharding.layer(layer)
@@ -49,6 +42,7 @@ def by_layer(folder: Path, sharding: Sharding) -> Headless:
     assert done == list(built.model.layers) and len(done) == 4
     student = Headless(built)
     sharding.rest(student)
+    assert weights.most == 1 and not weights.alive
     return student
 
 

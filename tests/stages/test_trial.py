@@ -24,6 +24,7 @@ from minitron_ray.stages.setting import Setting
 from minitron_ray.stages.trial import RungResult, latency, retrain, rung_tokens
 from minitron_ray.stages.trial_group import GroupTrial, to_next_rung
 from minitron_ray.stages.trial_state import FileState
+from minitron_ray.weights.checkpoint import Checkpoint
 from tests.processes import begin_group
 from tests.settings import setting_of
 
@@ -282,7 +283,21 @@ def test_a_kept_state_leaves_the_process_as_it_was(setting: Setting, tmp_path: P
     file, before = tmp_path / "rung.pt", torch.serialization.get_crc32_options()
     trained(setting, 3, file)
     assert torch.serialization.get_crc32_options() is before is True
-    (tmp_path / f"other.pt.{os.getpid()}.partial").mkdir()
-    with pytest.raises(RuntimeError, match="Is a directory"):
-        trained(setting, 3, tmp_path / "other.pt")
-    assert torch.serialization.get_crc32_options() is True
+
+
+def test_a_students_weights_are_read_as_they_are_asked_for(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rank of a group holds what is not in its shards: a cut begins with nothing read."""
+    read: list[str] = []
+    tensor = Checkpoint.tensor
+
+    def noting(self: Checkpoint, name: str) -> torch.Tensor:
+        read.append(name)
+        return tensor(self, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", noting)
+    _, weights = setting.cut(CANDIDATE, scores(), torch.float32)
+    assert not read and "model.norm.weight" in weights and not read
+    assert weights["model.norm.weight"].shape == (36,)
+    assert read == ["model.norm.weight"]
