@@ -150,6 +150,10 @@ class Cluster:
         """How many workers fit on the nodes that there are now, were nothing else on them."""
         return _room(self.worker())
 
+    def together(self) -> int:
+        """The most workers that may share one node's memory."""
+        return min(self.workers(), max(_fit(node, self.worker()) for node in _nodes()))
+
     def reconnect(self) -> None:
         """After the cluster's head was lost: joins the one that answers at the same address, or starts Ray
         here again. Raises EnvironmentFailure where nothing answers."""
@@ -338,11 +342,13 @@ def _nodes() -> list[dict[str, float]]:
 
 def _room(each: Resources) -> int:
     """How many processes that reserve `each` fit, node by node."""
-    room = 0
-    for node in _nodes():
-        fit = int(node.get("CPU", 0)) // each.cpus
-        room += min(fit, int(node.get("GPU", 0)) // each.gpus) if each.gpus else fit
-    return room
+    return sum(_fit(node, each) for node in _nodes())
+
+
+def _fit(node: dict[str, float], each: Resources) -> int:
+    """How many of them fit one node."""
+    fit = int(node.get("CPU", 0)) // each.cpus
+    return min(fit, int(node.get("GPU", 0)) // each.gpus) if each.gpus else fit
 
 
 def root_cause(error: BaseException) -> BaseException:

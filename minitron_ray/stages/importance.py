@@ -56,6 +56,7 @@ def _scorer(context: Context, setting: Setting) -> Scorer:
         setting=setting,
         mode=cluster.settings.importance,
         workers=cluster.workers(),
+        together=cluster.together(),
         folder=(context.run.folder / "scratch").resolve(),
     )
     return Scorer(cluster=cluster, work=work, base=context.ready.base)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from minitron_ray.evaluation.task import Examples, Material, Sequences
@@ -34,7 +35,9 @@ from minitron_ray.weights.device import free_memory
 from minitron_ray.weights.layerwise import Layerwise, StreamedLayerwise
 
 STREAMS_SHARE: Final = 0.25
-"""Of the free memory: what a streamed teacher's hidden states may take before they go to a file."""
+"""Of the free memory of the machine: what the hidden states of a streamed teacher may take, those of all workers
+on it, before they go to files."""
+_HOST: Final = torch.device("cpu")
 
 Item = TypeVar("Item")
 
@@ -46,6 +49,8 @@ class Work:
     setting: Setting
     mode: Literal["auto", "resident", "streamed"]
     workers: int
+    together: int
+    """The most of them that may share one machine."""
     folder: Path
     """For files that do not outlive the pass."""
 
@@ -55,14 +60,17 @@ class Work:
             return self.mode == "resident"
         setting, share = self.setting, self.setting.share()
         size = setting.family.parameters(setting.architecture) * share.dtype.itemsize
-        return size <= WEIGHTS_SHARE * self._free()
+        device = share.device
+        sharing = self.together if device.type == _HOST.type else 1
+        return fits(size, free_memory(device), sharing, WEIGHTS_SHARE)
 
     def streams_folder(self, sequences: int, positions: int) -> Path | None:
         """Where the hidden states of so many sequences go; None for memory."""
         setting, share = self.setting, self.setting.share()
         tokens = sequences * setting.experiment.data.sequence_length
         size = tokens * positions * setting.architecture.hidden * share.dtype.itemsize
-        return self.folder if size > STREAMS_SHARE * self._free() else None
+        # They leave the device after each layer: it is the machine's memory that they take.
+        return None if fits(size, free_memory(_HOST), self.together, STREAMS_SHARE) else self.folder
 
     def layerwise(self) -> Layerwise:
         """The teacher, layer by layer, whole in memory or not."""
@@ -71,9 +79,11 @@ class Work:
             return Layerwise(setting.start(share).model, setting.family)
         return StreamedLayerwise(setting.checkpoint, dtype=share.dtype, device=share.device)
 
-    def _free(self) -> float:
-        device = self.setting.share().device
-        return free_memory(device) / (self.workers if device.type == "cpu" else 1)
+
+def fits(size: int, free: int, sharing: int, share: float) -> bool:
+    """Whether each of `sharing` processes may take `size` bytes of a memory of which so many are `free` and all of
+    them together may take `share`."""
+    return sharing * size <= share * free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,6 +63,7 @@ class Tables:
                 setting=self.setting,
                 mode=settings.importance,
                 workers=cluster.workers(),
+                together=cluster.together(),
                 folder=self.folder / "scratch",
             )
             scorer = Scorer(cluster=cluster, work=work, base=self.folder)
@@ -97,7 +98,7 @@ def test_one_worker_two_workers_and_a_streamed_teacher_give_one_table(
 
 
 def test_little_memory_streams(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = Work(setting=setting, mode="auto", workers=2, folder=tmp_path)
+    work = Work(setting=setting, mode="auto", workers=2, together=2, folder=tmp_path)
     size = setting.family.parameters(setting.architecture) * setting.share().dtype.itemsize
     for free, resident in ((size * 4, True), (size * 3, False)):  # 2 workers, 60 %
         monkeypatch.setattr("minitron_ray.stages.scoring.free_memory", lambda device, free=free: free)
