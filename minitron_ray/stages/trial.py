@@ -158,6 +158,11 @@ class _Retraining:
         teacher = self._teacher if final or not step else None
         measured = self._setting.measure(self._student, self._share, teacher)
         if not math.isfinite(measured.loss):
+            if step == 0:  # nothing has been learnt: no rate is to blame
+                raise MinitronError(
+                    f"validation loss {measured.loss} of the undistilled student is not finite; its teacher's weights "
+                    f"are, so products overflow: set `precision: float32`, or cut less"
+                )
             raise MinitronError(
                 f"validation loss {measured.loss} after {step} steps is not finite; lower learning_rate "
                 f"(now {self._recipe.schedule.peak}) or raise warmup"

@@ -260,13 +260,18 @@ def test_a_group_goes_on_from_where_it_was_ended(setting: Setting, tmp_path: Pat
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(setting: Setting) -> None:
+    """Before the first step it is not the learning rate that is too high."""
     share = setting.share()
     student, teacher = setting.student(CANDIDATE, scores(), share.device), setting.online_teacher(share)
-    with torch.no_grad():
-        student.head.fill_(float("nan"))
-    with pytest.raises(
-        MinitronError, match=r"validation loss nan after 0 steps is not finite; lower learning_rate"
-    ):
+
+    def spoil(rung: RungResult | None = None) -> None:
+        with torch.no_grad():
+            student.head.fill_(float("nan"))
+
+    with pytest.raises(MinitronError, match=r"nan after [1-9]\d* steps is not finite; lower learning_rate"):
+        retrain(setting, student, teacher, share, on_rung=spoil)
+    spoil()
+    with pytest.raises(MinitronError, match=r"nan of the undistilled student .*: set `precision: float32`"):
         retrain(setting, student, teacher, share, on_rung=lambda rung: None)
 
 
