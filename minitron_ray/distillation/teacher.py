@@ -16,6 +16,7 @@ from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -166,7 +167,7 @@ def read_signal(folder: Path) -> Iterator[SignalBlock]:
 
 def compute_block(
     block: SignalBlock,
-    folder: Path,
+    folder: Path | None,
     teacher: Headless,
     sequences: Callable[[NDArray], NDArray],
     *,
@@ -175,22 +176,47 @@ def compute_block(
     seed: int,
     vocabulary: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    ranks: dist.ProcessGroup | None = None,
 ) -> None:
     """Run the teacher on a block's sequences and write what its signal keeps to `folder`.
 
     `sequences(indices)` gives the tokens, int64 (n, tokens); `progress` is called with the number of
     sequences done so far. Final hidden states are rounded to `dtype`, that of the computation. Probabilities
     are over the first `vocabulary` rows of the LM head, None for all.
+
+    Of several `ranks` all must call: they take turns at the batches, which are those of one process, and rank 0
+    writes; the others' `folder` is None.
     """
     device, numbers = teacher.head.device, np.asarray(block.sequences, dtype=np.int64)
     head = common_rows(teacher.head.detach(), vocabulary).to(dtype)
+    rank, world = (0, 1) if ranks is None else (dist.get_rank(ranks), dist.get_world_size(ranks))
 
     def batches() -> Iterator[dict[str, NDArray]]:
-        for start in range(0, len(numbers), batch):
-            chosen = numbers[start : start + batch]
+        for start in range(0, len(numbers), batch * world):
+            chosen = numbers[start + rank * batch :][:batch]
             with torch.no_grad():
-                hidden = teacher(torch.from_numpy(sequences(chosen)).to(device), final_hidden).to(dtype)
-                yield block.signal.encode(hidden, head, teacher.softcap, chosen.tolist(), seed)
-            progress(start + len(chosen))
+                # As many passes on every rank: where the teacher is spread over them they are collectives.
+                ids = sequences(chosen if len(chosen) else numbers[:1])
+                hidden = teacher(torch.from_numpy(ids).to(device), final_hidden).to(dtype)
+                arrays = None
+                if len(chosen):
+                    arrays = block.signal.encode(hidden, head, teacher.softcap, chosen.tolist(), seed)
+            yield from _in_order(arrays, ranks)
+            progress(min(start + batch * world, len(numbers)))
 
-    write_block(folder, batches())
+    if folder is not None:
+        write_block(folder, batches())
+        return
+    for _ in batches():
+        pass
+
+
+def _in_order(
+    arrays: dict[str, NDArray] | None, ranks: dist.ProcessGroup | None
+) -> Iterator[dict[str, NDArray]]:
+    """The batches of one turn, each a rank's (None: it had none), on rank 0; none on the others."""
+    found = [arrays]
+    if ranks is not None:
+        found = [None] * dist.get_world_size(ranks)
+        dist.gather_object(arrays, found if dist.get_rank(ranks) == 0 else None, group=ranks, group_dst=0)
+    yield from (one for one in found if one is not None)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from minitron_ray.core.errors import EnvironmentFailure, Interrupted
 from minitron_ray.core.events import EventBus
@@ -16,6 +16,9 @@ from minitron_ray.execution.nodes import check_nodes
 from minitron_ray.execution.ray_start import cluster_address, keep_logs, link_logs, start_ray
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
+
+if TYPE_CHECKING:
+    from minitron_ray.execution.train_group import Worker
 
 HEAD: Final = "node:__internal_head__"
 """What only the node has where Ray was started: a little of it keeps a process there."""
@@ -191,6 +194,22 @@ class Cluster:
             )
         return GroupSize(workers=workers, each=each, storage=self.storage.resolve())
 
+    def teacher_group(self) -> GroupSize | None:
+        """The processes that share a teacher that nobody is trained beside: as many as those of a trial, or of
+        the distillation where the cluster file has `teacher: sharded`; None where each holds it whole.
+
+        Raises EnvironmentFailure where they do not fit.
+        """
+        if self.settings.teacher == "whole":
+            return None
+        if self.settings.teacher == "sharded" and (workers := self.workers()) > self.settings.trial_workers:
+            return GroupSize(workers=workers, each=self.worker(), storage=self.storage.resolve())
+        return self.trial_group()
+
+    def groups(self, size: GroupSize) -> int:
+        """How many groups of that size `map_groups` has at a time."""
+        return max(1, min(self.concurrent_trials(), _room(size.each) // size.workers))
+
     def concurrent_trials(self) -> int:
         """Trials at a time: never more than have all of their processes at once, or they would wait for
         one another for ever."""
@@ -322,6 +341,13 @@ class Cluster:
                 f"(cluster: {self.cpus} CPUs, {self.gpus} GPUs); lower them in the cluster file"
             )
         return resources
+
+
+def in_group(job: Any, size: GroupSize, function: Callable[[Any, Worker], Any], report: Any) -> Any:
+    """For `map_groups`: `function(job, worker)` on every rank of a group; what rank 0 returned."""
+    from minitron_ray.execution.train_group import run_group_in_trial  # with it comes Ray Train
+
+    return run_group_in_trial(size, function, job, report)
 
 
 def _end(tasks: list[Any]) -> None:

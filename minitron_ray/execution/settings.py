@@ -120,7 +120,7 @@ class ClusterSettings(Section):
     """What each process of a search trial reserves; null: likewise. A process has one device."""
     trial_workers: Annotated[int, Field(ge=1)] = 1
     """Processes of a search trial. More than one share its student (FSDP2), for candidates that one
-    device does not hold."""
+    device does not hold; and so what other stages run forward, see `teacher`."""
     concurrent_trials: Annotated[int, Field(ge=1)] | None = None
     """Search trials at the same time; null: as many as fit."""
     tokenizers: Annotated[int, Field(ge=1)] | None = None
@@ -135,7 +135,8 @@ class ClusterSettings(Section):
     """Whether the layers of a student that is distilled go through torch.compile; trials are too short."""
     teacher: Literal["auto", "whole", "sharded"] = "auto"
     """Whether each worker of a group holds the whole running teacher, or a shard of it. `auto` shards one
-    that would take more than 10 % of the memory that is free on the fullest device."""
+    that would take more than 10 % of the memory that is free on the fullest device. Where nobody is trained
+    beside it groups are those of a trial, and under `sharded` of the distillation's size if that is more."""
     devices: Devices | None = None
     """What `plan` counts device-hours for; null: what `plan --probe` once measured on this machine."""
     storage: str | None = None

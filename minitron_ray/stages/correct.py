@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from minitron_ray.core.errors import Interrupted
 from minitron_ray.core.units import format_count
 from minitron_ray.distillation.losses.cross_entropy import CrossEntropy
 from minitron_ray.evaluation.measure import Measurement
+from minitron_ray.execution.cluster import Cluster, in_group
 from minitron_ray.experiment import Distill, Experiment, Export
 from minitron_ray.importance.scores import Scores
 from minitron_ray.models.architecture import Architecture
@@ -35,6 +36,9 @@ from minitron_ray.stages.evaluate import figures
 from minitron_ray.stages.prepare import Prepared
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.companions import copy_companions
+
+if TYPE_CHECKING:
+    from minitron_ray.execution.train_group import Worker
 
 KIND: Final = "corrected_teachers"
 """Of the cache's entries: model folders, with their tokenizer and the tables of their training."""
@@ -120,7 +124,7 @@ def _correct(context: Context, work: Path, folder: Path) -> None:
     teacher = setting.architecture
     store = Store(work, context.run.experiment, context.run.run_id)
     if not store.has("evaluations", WRITER, 0):
-        before = context.cluster.call(measure_teacher, setting)
+        before = _measurement(context.cluster, setting)
         store.append(
             "evaluations", figures("teacher", UNCORRECTED, before, setting, 0), writer=WRITER, sequence=0
         )
@@ -140,9 +144,26 @@ def _correct(context: Context, work: Path, folder: Path) -> None:
     shutil.copytree(work / "tables", folder / "tables")
 
 
+def _measurement(cluster: Cluster, setting: Setting) -> Measurement:
+    """The teacher as it is, by one process, or by a group where there is one that shares it."""
+    group = cluster.teacher_group()
+    found: Measurement = (
+        cluster.call(measure_teacher, setting)
+        if group is None
+        else cluster.map_groups(in_group, [setting], group, measure_teacher_in_group)[0]
+    )
+    return found
+
+
 def measure_teacher(setting: Setting, report: Callable[..., None]) -> Measurement:
     """In a worker: the teacher as it is, on the validation sequences."""
     share = setting.share()
+    return setting.measure(None, share, setting.online_teacher(share))
+
+
+def measure_teacher_in_group(setting: Setting, worker: Worker) -> Measurement:
+    """On every rank: the same, of a teacher that they share."""
+    share = setting.share(worker.rank, worker.world, worker.device)
     return setting.measure(None, share, setting.online_teacher(share))
 
 

@@ -7,10 +7,10 @@ of their trials, a fixed shape's is measured here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch
 from minitron_ray.distillation.loop import Share
 from minitron_ray.distillation.teacher import TeacherSignal
 from minitron_ray.evaluation.measure import Measurement
+from minitron_ray.execution.cluster import Cluster, in_group
 from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import distilled_tokens
 from minitron_ray.search.space import Candidate
@@ -28,7 +29,9 @@ from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.checkpoint import Checkpoint
 from minitron_ray.weights.documents import predictions
 from minitron_ray.weights.headless import Headless
-from minitron_ray.weights.model import build
+
+if TYPE_CHECKING:
+    from minitron_ray.execution.train_group import Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +48,21 @@ class Subject:
         return "cut" if self.folder is None else "distilled"
 
     def open(self, setting: Setting, share: Share) -> Headless:
-        """float32, as in training: products are cast by autocast."""
+        """Of several ranks all must call."""
         if self.folder is None:
             assert self.scores is not None
-            return setting.student(self.candidate, self.scores, share.device, trainable=False)
+            return setting.measured(*setting.cut(self.candidate, self.scores, torch.float32), share)
         checkpoint = Checkpoint(self.folder)
-        return setting.headless(
-            build(checkpoint.config, checkpoint, dtype=torch.float32, device=share.device)
-        )
+        return setting.measured(checkpoint.config, checkpoint, share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subjects:
+    """All students, and the folder of the teacher's stored signal, None where it runs. Picklable."""
+
+    setting: Setting
+    students: Sequence[Subject]
+    signal: str | None
 
 
 def run(
@@ -67,7 +77,8 @@ def run(
     `folders` has the distilled students of `students`, relative to the run's.
     """
     subjects = list(_subjects(context, students, folders))
-    found: list[Measurement] = context.cluster.call(measure_all, setting, subjects, signal)
+    job = Subjects(setting=setting, students=subjects, signal=signal)
+    found = _measurements(context.cluster, job)
     sequences = sum(len(measurement.losses) for measurement in found)
     context.tokens = sequences * context.experiment.data.sequence_length
     tokens = distilled_tokens(context.experiment)
@@ -89,11 +100,29 @@ def _subjects(context: Context, students: dict[str, Candidate], folders: dict[st
             yield Subject(name=name, candidate=candidate, folder=folder)
 
 
-def measure_all(
-    setting: Setting, subjects: list[Subject], signal: str | None, report: Callable[..., None]
-) -> list[Measurement]:
-    """In a worker: measure the teacher, then every subject against it."""
-    share = setting.share()
+def _measurements(cluster: Cluster, job: Subjects) -> list[Measurement]:
+    """Of the teacher and of every student: by one process, or by a group where there is one that shares them."""
+    group = cluster.teacher_group() or cluster.trial_group()
+    found: list[Measurement] = (
+        cluster.call(measure_all, job)
+        if group is None
+        else cluster.map_groups(in_group, [job], group, measure_in_group)[0]
+    )
+    return found
+
+
+def measure_all(job: Subjects, report: Callable[..., None]) -> list[Measurement]:
+    """In a worker: measure the teacher, then every student against it."""
+    return _measured(job, job.setting.share(), report)
+
+
+def measure_in_group(job: Subjects, worker: Worker) -> list[Measurement]:
+    """On every rank: the same, of models that they share."""
+    return _measured(job, job.setting.share(worker.rank, worker.world, worker.device), worker.report)
+
+
+def _measured(job: Subjects, share: Share, report: Callable[..., None]) -> list[Measurement]:
+    setting, signal, subjects = job.setting, job.signal, job.students
     sequences = len(setting.splits.validation)
     teacher: TeacherSignal = (
         setting.stored_teacher(Path(signal), share) if signal else setting.online_teacher(share)

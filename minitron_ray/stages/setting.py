@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ from minitron_ray.weights.surgery import CutTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Tensors: TypeAlias = Checkpoint | Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,15 +122,16 @@ class Setting:
         if not self._spreads_teacher(share):
             return OnlineTeacher(self.teacher(share), self.vocabulary)
         checkpoint = self.teacher_checkpoint
-        return OnlineTeacher(self._spread(checkpoint.config, checkpoint, share), self.vocabulary)
+        return OnlineTeacher(self._spread(checkpoint.config, checkpoint, share, share.dtype), self.vocabulary)
 
     def _spread(
-        self, config: Mapping[str, Any], tensors: Checkpoint | Mapping[str, torch.Tensor], share: Share
+        self, config: Mapping[str, Any], tensors: Tensors, share: Share, dtype: torch.dtype
     ) -> Headless:
         """A model that only runs forward, over the devices of all ranks of `share`, which must all call."""
+        gc.collect()  # one that was spread before and is no longer used is a cycle, on the devices until then
         sharding = FrozenSharding(share.world, share.device)
         model = self.headless(
-            build(config, tensors, dtype=share.dtype, device=share.device, each_layer=sharding.layer)
+            build(config, tensors, dtype=dtype, device=share.device, each_layer=sharding.layer)
         )
         head = model.head
         assert isinstance(head, torch.nn.Parameter)
@@ -139,8 +143,15 @@ class Setting:
         `share`, which must all call, where there are several."""
         config, tensors = self.cut(candidate, scores, share.dtype)
         if share.world > 1:
-            return self._spread(config, tensors, share)
+            return self._spread(config, tensors, share, share.dtype)
         return self.headless(build(config, tensors, dtype=share.dtype, device=share.device))
+
+    def measured(self, config: Mapping[str, Any], tensors: Tensors, share: Share) -> Headless:
+        """A student that is measured, float32 as in training (products are cast by autocast): over the devices of
+        all ranks of `share`, which must all call, where there are several."""
+        if share.world > 1:
+            return self._spread(config, tensors, share, torch.float32)
+        return self.headless(build(config, tensors, dtype=torch.float32, device=share.device))
 
     def _spreads_teacher(self, share: Share) -> bool:
         if share.world == 1 or self.engine.teacher != "auto":
@@ -157,9 +168,7 @@ class Setting:
         head = checkpoint.tensor(f"{name}.weight")[: self.vocabulary].to(share.device, share.dtype)
         return StoredTeacher(folder, head, family.softcap_of(checkpoint.config))
 
-    def student(
-        self, candidate: Candidate, scores: Scores, device: torch.device, *, trainable: bool = True
-    ) -> Headless:
+    def student(self, candidate: Candidate, scores: Scores, device: torch.device) -> Headless:
         """The undistilled student cut from the memory-mapped checkpoint, float32."""
         config, tensors = self.cut(candidate, scores, torch.float32)
         # Compiling takes longer than a trial, and each shape would have to be.
@@ -170,7 +179,7 @@ class Setting:
                 tensors,
                 dtype=torch.float32,
                 device=device,
-                trainable=trainable,
+                trainable=True,
                 each_layer=lambda layer: prepare_layer(layer, engine),
             )
         )

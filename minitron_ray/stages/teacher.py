@@ -1,10 +1,10 @@
 """Stage `teacher`: run the teacher once over the sequences that every candidate is judged on, and those
 that a search trains on.
 
-A group of workers writes what the signal keeps of it to the cache, block by block, each named by all
-that decides its bytes. Another budget, another space or another experiment with the same teacher and
-text finds the blocks that it needs, and adds those that are missing. Where nothing is stored (`online`)
-the teacher runs in each trial.
+Workers write what the signal keeps of it to the cache, block by block, each named by all that decides its
+bytes; where one device may not hold the teacher, groups of them do, each block by one group. Another
+budget, another space or another experiment with the same teacher and text finds the blocks that it needs,
+and adds those that are missing. Where nothing is stored (`online`) the teacher runs in each trial.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
 
 from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.core.fingerprint import digest
@@ -23,6 +25,7 @@ from minitron_ray.data.batches import batch_indices
 from minitron_ray.distillation.blocks import block_bytes, cover
 from minitron_ray.distillation.signal import StoredSignal
 from minitron_ray.distillation.teacher import EXACT, SignalBlock, compute_block, write_signal
+from minitron_ray.execution.cluster import Cluster, in_group
 from minitron_ray.plan import Inputs, steps
 from minitron_ray.plan.signal import choose_signal, signal_tokens
 from minitron_ray.results.cache import DONE, Cache
@@ -30,6 +33,9 @@ from minitron_ray.stages.context import Context
 from minitron_ray.stages.same_function import prove_same_function
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.headless import Headless
+
+if TYPE_CHECKING:
+    from minitron_ray.execution.train_group import Worker
 
 SIGNAL_VERSION = 2
 """Of the files in the cache."""
@@ -158,8 +164,7 @@ def run(context: Context, setting: Setting, inputs: Inputs) -> tuple[dict[str, A
     missing = library.missing(blocks)
     try:
         if missing:
-            hands = dealt(missing, context.cluster.workers())
-            context.cluster.map(compute, hands, library, _sequences(missing))
+            _fill(context.cluster, missing, library)
     finally:
         context.tokens = _tokens(missing, setting) - _tokens(library.missing(missing), setting)
     context.disk = sum(block_bytes(block.folder) for block in missing)
@@ -169,6 +174,16 @@ def run(context: Context, setting: Setting, inputs: Inputs) -> tuple[dict[str, A
     return {"folder": str(folder.resolve()), "signal": signal.identity}, _summary(
         signal, blocks, missing, setting
     )
+
+
+def _fill(cluster: Cluster, missing: Sequence[SignalBlock], library: Library) -> None:
+    """Has the workers of a cluster, or groups of them, write the blocks."""
+    total, group = _sequences(missing), cluster.teacher_group()
+    if group is None:
+        cluster.map(compute, dealt(missing, cluster.workers()), library, total)
+        return
+    jobs = [Hand(blocks=hand, library=library, total=total) for hand in dealt(missing, cluster.groups(group))]
+    cluster.map_groups(in_group, jobs, group, compute_in_group)
 
 
 def dealt(blocks: Sequence[SignalBlock], workers: int) -> list[list[SignalBlock]]:
@@ -184,18 +199,76 @@ def compute(blocks: Sequence[SignalBlock], library: Library, total: int, report:
     before it was lost are not done again."""
     setting = library.setting
     teacher, before = setting.teacher(setting.share()), 0
-
-    def progress(before: int, done: int) -> None:
-        report("stage_progress", stage="teacher", done=before + done, total=total, unit="sequences")
-
     for block in blocks:
-        library.fill(block, partial(_write, block, setting, teacher, partial(progress, before)))
+        progress = partial(_tell, report, total, before)
+        library.fill(block, partial(_write, block, setting, teacher, progress, None))
         before += len(block.sequences)
-        progress(before, 0)
+        progress(len(block.sequences))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hand:
+    """The blocks of one group, of the `total` sequences that all groups do. Picklable."""
+
+    blocks: Sequence[SignalBlock]
+    library: Library
+    total: int
+
+
+def compute_in_group(hand: Hand, worker: Worker) -> None:
+    """On every rank: the same, by ranks that share the teacher and each block."""
+    setting, before = hand.library.setting, 0
+    teacher = setting.online_teacher(setting.share(worker.rank, worker.world, worker.device)).model
+    ranks = dist.new_group(backend="gloo")  # what is stored of a token has no business on a device
+    for block in hand.blocks:
+        progress = partial(_tell, worker.report, hand.total, before)
+        _fill_together(block, hand.library, partial(_write, block, setting, teacher, progress, ranks), ranks)
+        before += len(block.sequences)
+        progress(len(block.sequences))
+
+
+def _fill_together(
+    block: SignalBlock, library: Library, write: Callable[[Path | None], None], ranks: dist.ProcessGroup
+) -> None:
+    """`write` on every rank, unless another process has made the block.
+
+    Rank 0 alone looks for it and waits for its lock. Ranks that held a lock each could wait for those of another
+    run, whose ranks wait for theirs.
+    """
+    if dist.get_rank(ranks) != 0:
+        if _hear(None, ranks):
+            write(None)
+        return
+    begun = False
+
+    def make(folder: Path) -> None:
+        nonlocal begun
+        begun = _hear(True, ranks)
+        write(folder)
+
+    library.fill(block, make)
+    if not begun:
+        _hear(False, ranks)
+
+
+def _hear(word: bool | None, ranks: dist.ProcessGroup) -> bool:
+    """What rank 0 says."""
+    words = [word]
+    dist.broadcast_object_list(words, group=ranks, group_src=0)
+    return bool(words[0])
+
+
+def _tell(report: Callable[..., None], total: int, before: int, done: int) -> None:
+    report("stage_progress", stage="teacher", done=before + done, total=total, unit="sequences")
 
 
 def _write(
-    block: SignalBlock, setting: Setting, teacher: Headless, progress: Callable[[int], None], folder: Path
+    block: SignalBlock,
+    setting: Setting,
+    teacher: Headless,
+    progress: Callable[[int], None],
+    ranks: dist.ProcessGroup | None,
+    folder: Path | None,
 ) -> None:
     compute_block(
         block,
@@ -207,6 +280,7 @@ def _write(
         seed=setting.experiment.seed,
         vocabulary=setting.vocabulary,
         progress=progress,
+        ranks=ranks,
     )
 
 

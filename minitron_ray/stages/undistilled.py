@@ -67,8 +67,10 @@ def score_in_group(job: tuple[list[Candidate], Cuts], worker: Worker) -> None:
 def _score(candidates: list[Candidate], cuts: Cuts, share: Share, report: Callable[..., Any]) -> None:
     setting = cuts.setting
     for done, candidate in enumerate(candidates, start=1):
-        cut = setting.undistilled(candidate, cuts.scores, share)
-        loss = setting.measure(cut, share, first=cuts.sequences).loss
+        # In no variable, which would hold it beside the next one.
+        loss = setting.measure(
+            setting.undistilled(candidate, cuts.scores, share), share, first=cuts.sequences
+        ).loss
         if share.rank == 0:
             cuts.write(candidate, loss)
         report("stage_progress", stage=cuts.stage, done=done, total=cuts.total, unit="cuts")

@@ -1,5 +1,5 @@
-"""Trials of two processes each, and baselines like them: the same losses as in one, and none waits for
-another's place for ever."""
+"""Trials of two processes each, baselines like them, and a teacher that two processes share: the same losses
+as in one, the same bytes of the teacher, and none waits for another's place for ever."""
 
 from __future__ import annotations
 
@@ -41,27 +41,41 @@ def run(desk: Desk) -> set[str]:
 
 def groups_of(rows: list[dict[str, Any]]) -> int:
     """How many groups these rows come from: one a rung of a trial, one a cut that is scored, one a
-    baseline that is trained."""
+    baseline that is trained. And two that share the teacher: one stores its signal, one evaluates."""
     rungs = [row for row in rows if row["origin"] == "search" and row["tokens"]]
     cuts = [row for row in rows if row["origin"] == "largest_first" and row["rung"] == 0]
     others = [row for row in rows if row["origin"] != "search" and row["status"] == "completed"]
-    return len(rungs) + len(cuts) + sum(not row["copied"] for row in others)
+    return len(rungs) + len(cuts) + sum(not row["copied"] for row in others) + 2
+
+
+def stored(desk: Desk) -> dict[str, bytes]:
+    """What is kept of the teacher, by block and array."""
+    blocks = desk.results / ".cache" / "teacher_signal"
+    return {str(path.relative_to(blocks)): path.read_bytes() for path in blocks.glob("*/*.bin")}
 
 
 @pytest.mark.timeout(900)
 def test_a_group_trains_as_one_process_does(tmp_path: Path, tiny_llama: Path, tiny_text: Path) -> None:
-    found = {}
+    found, signals, evaluations = {}, {}, {}
     for name, workers in (("one", 1), ("group", 2)):
         desk = Desk.lay(tmp_path / name, tiny_llama, tiny_text)
         (desk.folder / "tiny.yaml").write_text(SEARCH)
         # Two trials want to run at a time; on two CPUs only one has both of its processes.
-        (desk.folder / "cluster.yaml").write_text(f"trial_workers: {workers}\ntrial: {{cpus: 1}}\n")
+        settings = (
+            f"trial_workers: {workers}\ntrial: {{cpus: 1}}\nteacher: {'sharded' if workers > 1 else 'auto'}\n"
+        )
+        (desk.folder / "cluster.yaml").write_text(settings)
         groups = run(desk)
         rows = desk.rows("trials")
         found[name] = {(row["origin"], row["candidate_id"], row["tokens"]): row for row in rows}
         assert len(groups) == (groups_of(rows) if workers > 1 else 0)
         assert not (desk.run_folder() / "trials").exists()
+        signals[name] = stored(desk)
+        measured = desk.rows("evaluations")
+        evaluations[name] = {(row["subject"], row["phase"], row["metric"]): row["value"] for row in measured}
         desk.clear()
+    assert signals["one"] and signals["group"] == signals["one"]
+    assert evaluations["one"] and evaluations["group"] == pytest.approx(evaluations["one"], abs=1e-4)
     searched = [key for key in found["one"] if key[0] == "search"]
     assert found["one"].keys() == found["group"].keys() and len(searched) == 5
     assert {key[0] for key in found["one"]} == {"search", "largest_first", "scratch"}

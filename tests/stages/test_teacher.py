@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from minitron_ray.core.errors import ConfigError, EnvironmentFailure
 from minitron_ray.core.events import EventBus
 from minitron_ray.core.loading import load
+from minitron_ray.distillation.engine import Engine
 from minitron_ray.distillation.signals.final_hidden import FinalHidden
 from minitron_ray.distillation.signals.sampled import Sampled
 from minitron_ray.distillation.signals.top_k import TopK
@@ -23,12 +26,23 @@ from minitron_ray.distillation.teacher import StoredTeacher, write_signal
 from minitron_ray.execution.cluster import Cluster
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
+from minitron_ray.execution.train_group import Worker
 from minitron_ray.experiment import Experiment
 from minitron_ray.results.cache import Cache
 from minitron_ray.stages.prepare import prepare
 from minitron_ray.stages.reuse import outputs_exist
-from minitron_ray.stages.teacher import KIND, LISTS, Library, check_room, compute, dealt
+from minitron_ray.stages.teacher import (
+    KIND,
+    LISTS,
+    Hand,
+    Library,
+    check_room,
+    compute,
+    compute_in_group,
+    dealt,
+)
 from minitron_ray.stages.trial import retrain
+from tests.processes import begin_group
 
 Open = Callable[..., Library]
 CROSS_ENTROPY = "search.retrain.loss.kind=cross_entropy"
@@ -126,6 +140,46 @@ def test_a_signal_that_does_not_fit_the_disk_is_refused_before_anything_is_compu
     room.free = 0
     check_room(stored)
     check_room(library("online", "search.signal={kind: online}"))
+
+
+def _rank(rank: int, world: int, library: Library, out: Path) -> None:
+    store = torch.distributed.FileStore(str(out / "store"), world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    device, told = torch.device("cpu"), list[int]()
+    setting = library.setting
+    teacher = setting.online_teacher(setting.share(rank, world, device)).model
+    halved = [one for one in teacher.model.base_model.layers.parameters() if isinstance(one, DTensor)]
+    assert halved and len(halved) == len(list(teacher.model.base_model.layers.parameters()))
+    for one in halved:
+        assert one.to_local().numel() * world == one.numel()
+    worker = Worker(
+        rank=rank,
+        world=world,
+        device=device,
+        report=lambda kind, **fields: told.append(fields["done"]),
+        stop_requested=lambda: False,
+    )
+    blocks = library.blocks(setting.experiment.searched.signal)
+    compute_in_group(Hand(blocks=blocks, library=library, total=405), worker)
+    assert told == sorted(told) and told[-1] == 405
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["final_hidden", "sampled", "top_k"])
+def test_two_ranks_that_share_the_teacher_store_identical_bytes(
+    kind: str, library: Open, tmp_path: Path
+) -> None:
+    """Of a block that another process has made they make nothing; blocks of one batch and of an odd number."""
+    alone, shared = (library(name, f"search.signal.kind={kind}") for name in ("alone", "shared"))
+    fill(alone, 1)
+    blocks = shared.blocks(shared.setting.experiment.searched.signal)
+    compute(blocks[1:2], shared, 405, lambda kind, **fields: None)
+    made = (blocks[1].folder / "DONE.json").stat().st_mtime_ns
+    setting = replace(shared.setting, engine=Engine(teacher="sharded"))
+    begin_group(_rank, 2, replace(shared, setting=setting), tmp_path)
+    assert len({-(-len(block.sequences) // 3) % 2 for block in blocks}) == 2
+    assert not shared.missing(blocks) and (blocks[1].folder / "DONE.json").stat().st_mtime_ns == made
+    assert files(alone.cache) == files(shared.cache)
 
 
 def test_another_budget_adds_to_what_is_there(library: Open) -> None:
