@@ -146,14 +146,13 @@ class _Costs:
         tokens, parameters = self._seen(correction), self.family.parameters(self.teacher)
         measured = 1 + validations_of(correction, self.length)
         trained = tokens * training_flops(self.family, self.teacher, self.length)
+        workers, passes = self.layout.workers, self._passes(correction, self.layout.workers)
         return StageCost(
             stage="correct",
             what=f"{what}, kept in the cache",
             tokens=tokens,
             flops=float(trained + measured * self.validation * self._forward(self.teacher)),
-            memory_bytes=self.memory.training(
-                self.teacher, self.layout.workers, self._passes(correction, self.layout.workers)
-            ),
+            memory_bytes=max(self.memory.training(self.teacher, workers, passes), self._teacher_bytes),
             disk_bytes=parameters * (DISTILL_CHECKPOINTS * CHECKPOINT_BYTES + 4),
         )
 
@@ -185,7 +184,7 @@ class _Costs:
             what=f"{self.signal.signal.label} of {of}, {format_bytes(self.signal.bytes)}, kept in the cache",
             tokens=trained + self.validation,
             flops=self.signal.once,
-            memory_bytes=self.memory.weights(self.teacher) + self.memory.logits,
+            memory_bytes=self._teacher_bytes,
             disk_bytes=self.signal.bytes,
         )
 
@@ -321,7 +320,7 @@ class _Costs:
             tokens=self.validation * (1 + students),
             tie_tokens=ties,
             flops=float(own + rounds * sum(self._measured(arch) for arch in measured)),
-            memory_bytes=self.memory.measuring(self.largest) + self._beside(self.online),
+            memory_bytes=self.memory.measuring(self.largest, self.layout.measuring_workers) + self._beside,
         )
 
     def _export(self) -> StageCost:
@@ -390,9 +389,17 @@ class _Costs:
         """Of a worker, in an optimizer step."""
         return math.ceil(math.ceil(section.batch / workers) / self.layout.micro_batch)
 
-    def _beside(self, online: bool) -> int:
-        """Bytes of the teacher where a student is measured: all of it, or its head."""
-        return self.memory.weights(self.teacher) if online else self.memory.head(self.teacher)
+    @property
+    def _beside(self) -> int:
+        """Bytes of the teacher where a student is measured: all of it or a shard, or its head."""
+        if not self.online:
+            return self.memory.head(self.teacher)
+        return self.memory.running(self.teacher, self.layout.measuring_workers)
+
+    @property
+    def _teacher_bytes(self) -> int:
+        """Of a teacher that runs by itself: all of it or a shard, and a chunk of logits."""
+        return self.memory.running(self.teacher, self.layout.teacher_workers) + self.memory.logits
 
     @property
     def length(self) -> int:

@@ -52,6 +52,18 @@ class Layout:
     memory: int | None = None
     """Bytes of one device."""
 
+    @property
+    def teacher_workers(self) -> int:
+        """Processes that share a teacher that nobody is trained beside, as `Cluster.teacher_group` has them."""
+        if self.teacher == "whole":
+            return 1
+        return max(self.trial_workers, self.workers if self.teacher == "sharded" else 1)
+
+    @property
+    def measuring_workers(self) -> int:
+        """Processes that share a student that is evaluated."""
+        return max(self.trial_workers, self.teacher_workers)
+
     @classmethod
     def on(
         cls,
@@ -175,29 +187,39 @@ class Memory:
     def teaching(self, teacher: Architecture, group: int | None, student: Architecture) -> int:
         """A teacher that runs beside a `student` of so many workers, as `training` has them: whole, or a shard.
         And its final hidden states, twice: the loss takes them without each last one."""
-        whole, states = self.weights(teacher), 2 * self.tokens * teacher.hidden * BYTES[self.value]
-        if group is None or group == 1 or not self._spreads(whole, group, student):
-            return whole + states
-        return self._shard(teacher, group) + states
+        states, workers = 2 * self.tokens * teacher.hidden * BYTES[self.value], group or 1
+        return self.running(teacher, workers, 4 * self.family.parameters(student) // workers) + states
 
-    def _shard(self, arch: Architecture, group: int) -> int:
-        """Of a model that only runs forward: with its embeddings and two layers, which come back for a pass."""
-        outside = self.family.embedding_parameters(arch)
-        layer = (self.family.parameters(arch) - outside) // arch.layers
-        return self.weights(arch) // group + (outside + 2 * layer) * BYTES[self.value]
+    def running(self, teacher: Architecture, group: int, taken: int = 0) -> int:
+        """The weights of a running teacher of so many workers, each with so much `taken` already: whole, or a
+        shard."""
+        whole = self.weights(teacher)
+        if group == 1 or not self._spreads(whole, taken):
+            return whole
+        return self._shard(teacher, group)
 
-    def _spreads(self, whole: int, group: int, student: Architecture) -> bool:
-        """Where the student's weights are there already, as the run decides it. With memory that is not known
-        the teacher stays whole."""
+    def _shard(
+        self, arch: Architecture, group: int, stored: int | None = None, used: int | None = None
+    ) -> int:
+        """Of a model that only runs forward: with its embeddings and two layers, which come back for a pass. So
+        many bytes a parameter where it is `stored` and where it is `used`, else those of the type of products."""
+        value, outside = BYTES[self.value], self.family.embedding_parameters(arch)
+        parameters = self.family.parameters(arch)
+        layer = (parameters - outside) // arch.layers
+        return parameters * (stored or value) // group + (outside + 2 * layer) * (used or value)
+
+    def _spreads(self, whole: int, taken: int) -> bool:
+        """As the run decides it. With memory that is not known the teacher stays whole."""
         if self.layout.teacher != "auto":
             return self.layout.teacher == "sharded"
-        if self.layout.memory is None:
-            return False
-        return whole > TEACHER_SHARE * (self.layout.memory - 4 * self.family.parameters(student) // group)
+        return self.layout.memory is not None and whole > TEACHER_SHARE * (self.layout.memory - taken)
 
-    def measuring(self, student: Architecture) -> int:
-        """A student that is measured: float32 weights, their copy under bfloat16, a chunk of logits."""
+    def measuring(self, student: Architecture, group: int = 1) -> int:
+        """A student that is measured, shared by so many workers: float32 weights, their copy under bfloat16, a
+        chunk of logits."""
         copies = 4 if self.value == "float32" else 4 + BYTES[self.value]
+        if group > 1:
+            return self._shard(student, group, stored=4, used=copies) + self.logits
         return self.family.parameters(student) * copies + self.logits
 
     def scored_cut(self, student: Architecture, group: int = 1) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from minitron_ray.plan import Layout, Plan, StageCost
 
 NONE = "-"
+_WITHOUT_TRAINING: Final = ("teacher", "evaluate")
+"""Stages whose models are spread over more than a trial's processes only where the cluster file says so."""
 
 
 def cost_table(found: Sequence[StageCost], finished: Mapping[str, str], hardware: Hardware | None) -> Table:
@@ -115,11 +117,17 @@ def _short_of_memory(found: Sequence[StageCost], hardware: Hardware, layout: Lay
         return None
     named = ", ".join(f"{cost.stage} {_bytes(cost.memory_bytes or 0)}" for cost in large)
     recompute = "" if layout.recompute else "set activation_checkpointing: true, "
-    return (
+    told = (
         f"{named}; {hardware.name} has {format_bytes(hardware.memory)}: in the cluster file lower micro_batch "
         f"(now {layout.micro_batch}), {recompute}or spread a student over more workers (distill: workers, now "
         f"{layout.workers}; search: trial_workers, now {layout.trial_workers})"
     )
+    alone = [cost.stage for cost in large if cost.stage in _WITHOUT_TRAINING]
+    if alone and layout.teacher != "sharded" and layout.teacher_workers < max(2, layout.workers):
+        told += (
+            f"; {' and '.join(alone)}: teacher: sharded, now {layout.teacher}, spreads them over all workers"
+        )
+    return told
 
 
 def saving_table(plan: Plan) -> Table | None:

@@ -74,6 +74,32 @@ def test_device_time_needs_devices(plan: Any, eight_h100s: str) -> None:
     assert "h100 has 80.0 GiB: in the cluster file lower micro_batch (now 4)" in timed
 
 
+@pytest.mark.parametrize(
+    ("signal", "memory", "stages"), [("sampled", 28, "teacher and evaluate"), ("online", 36, "evaluate")]
+)
+def test_a_teacher_that_fits_no_device_is_said_with_what_helps(
+    plan: Any, tmp_path: Path, signal: str, memory: int, stages: str
+) -> None:
+    """15.6B weights in bfloat16. Where the teacher runs in trials, it is `evaluate` that holds it again."""
+    path = tmp_path / "devices.yaml"
+
+    def told(settings: str) -> str:
+        path.write_text(f"devices: {{flops: 400T, memory: {memory}GiB, count: 8}}\n{settings}\n")
+        text = plan(
+            PAPER[0], "--set", f"search.signal.kind={signal}", "--cluster", str(path), columns=2000
+        ).stdout
+        [line] = [line for line in text.splitlines() if line.startswith("too large")]
+        return line  # a student in training is, in any case
+
+    for now in ("auto", "whole"):
+        text = told(f"teacher: {now}")
+        assert f"; {stages}: teacher: sharded, now {now}, spreads them over all workers" in text
+        assert all(f"{stage} " in text.split(";")[0] for stage in stages.split(" and "))
+    for helps in ("teacher: sharded", "trial_workers: 8"):
+        text = told(helps)
+        assert "teacher" not in text and "evaluate" not in text and "distill" in text
+
+
 def test_budgets_and_serving_are_said_and_judged(plan: Any) -> None:
     budget = "budget={parameters: 7.8B..8.5B, memory: <= 20GiB, flops: <= 15.2B, at: {batch: 8}}"
     serving = "search.serving={tensor_parallel: 2, kernels: [int4], gguf: k_quants}"

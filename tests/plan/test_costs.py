@@ -246,6 +246,33 @@ def test_zero_shot_and_baselines() -> None:
     assert stage(plan, "baselines").disk_bytes == 2 * trained * 12 * largest
 
 
+@pytest.mark.parametrize("signal", ["sampled", "online"])
+def test_a_group_shares_the_teacher_and_who_is_evaluated(signal: str) -> None:
+    """Of what is shared a rank's part goes from an eighth to a sixteenth; what comes back for a pass stays."""
+    plan = planned("15b_to_8b", f"search.signal={{kind: {signal}}}")
+    teacher, largest = 15_628_775_424, max(row.parameters for row in plan.feasible)
+
+    def bytes_of(name: str, **layout: Any) -> int:
+        return stage(plan, name, layout=Layout(accelerator=True, **layout)).memory_bytes or 0
+
+    shared = {"teacher": 2 * teacher, "evaluate": 4 * largest}
+    if signal == "online":
+        shared = {"evaluate": 4 * largest + 2 * teacher}
+    for name, size in shared.items():
+        for one, two in (
+            ({"teacher": "sharded", "workers": 8}, {"teacher": "sharded", "workers": 16}),
+            ({"trial_workers": 8, "memory": 2**36}, {"trial_workers": 16, "memory": 2**36}),
+            ({"teacher": "sharded", "trial_workers": 8}, {"teacher": "sharded", "trial_workers": 16}),
+        ):
+            saved = bytes_of(name, **one) - bytes_of(name, **two)
+            assert saved == pytest.approx(size / 16, abs=2), (name, one)
+        assert bytes_of(name, workers=8) == bytes_of(name) > bytes_of(name, teacher="sharded", workers=8)
+    whole = bytes_of("evaluate", teacher="whole", trial_workers=8)
+    assert whole - bytes_of("evaluate", teacher="whole", trial_workers=16) == pytest.approx(
+        4 * largest / 16, abs=2
+    )
+
+
 def test_thousands_of_shapes_are_costed_at_once() -> None:
     plan = planned(
         "smollm2_135m_to_90m",
