@@ -145,7 +145,9 @@ def test_ties_may_add_what_halving_saves() -> None:
     search, every = stage(tied, "search"), planned(*kept, "search.halving=null")
     assert search.tokens == stage(one, "search").tokens
     assert search.tokens + search.tie_tokens == stage(every, "search").tokens == 12 * 16384
-    begins = "12 trials of 16.4K tokens, of which 3 go to the end, the first halving after 4 optimizer steps; "
+    begins = (
+        "12 trials of 16.4K tokens, of which 3 go to the end, the first halving after 4 optimizer steps; "
+    )
     assert search.what.startswith(begins)
     assert search.what.endswith(" of this is measuring them; up to 98.3K tokens more where trials tie")
     all_kept = planned(*kept, "search.keep=12", "search.halving=null")
