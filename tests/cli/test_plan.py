@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from minitron_ray.cli import main
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+CLUSTER = EXPERIMENTS.parent / "cluster"
 PAPER = [str(EXPERIMENTS / name) for name in ("15b_to_8b.yaml", "8b_to_4b.yaml")]
 SMOLLM = str(EXPERIMENTS / "smollm2_135m_to_90m.yaml")
 STAGES = ("importance", "teacher", "search", "distill", "evaluate", "export")
@@ -63,6 +64,15 @@ def test_the_searchs_saving_at_twenty_trials(plan: Any) -> None:
     [row] = [line.split() for line in text.splitlines() if line.startswith("     20 ")]
     online, exact, sampled, halved = float(row[1]), *map(float, row[4::2])
     assert online == 2.8e21 and 1.4 < exact < 1.6 < sampled + 0.1 and halved > 4
+
+
+def test_the_papers_experiments_fit_the_gpus_of_a_shipped_file(plan: Any) -> None:
+    """Held against a file that is made for fewer, with which they do not."""
+    for path in PAPER:
+        assert "too large" in plan(path, "--cluster", str(CLUSTER / "remote.yaml")).stdout
+        text = plan(path, "--cluster", str(CLUSTER / "gpu.yaml")).stdout
+        assert "too large" not in text
+        assert "spread over 16 workers" in text and "hardware    16 x h100" in text
 
 
 def test_device_time_needs_devices(plan: Any, eight_h100s: str) -> None:
