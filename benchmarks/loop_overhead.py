@@ -153,7 +153,7 @@ def measure_checkpoint(options: argparse.Namespace, folder: Path) -> dict[str, A
     teacher = job.teacher()
     saved, other = (Training(job, teacher=teacher) for _ in range(2))
     place = folder / "checkpoints"
-    checkpoints, waits = Checkpoints(place, 0, asynchronous=True), []
+    checkpoints, waits = Checkpoints(place, 0, torch.device("cpu"), asynchronous=True), []
     steps, others = saved.steps(checkpoints.failed), other.steps()
 
     def saving() -> float:

@@ -16,8 +16,9 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,11 @@ _FULL = 2**20
 """Bytes below which a disk is."""
 _WRITER_NICENESS = 5
 """Of the thread that writes while training goes on: it gets the processor when training leaves it free."""
+
+
+_PATIENCE: Final = timedelta(days=1)
+"""For what one rank writes while the others wait: minutes for each 100 GB, on slow storage hours. A rank that is
+lost is seen earlier, by its connection or by Ray."""
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -86,16 +92,19 @@ class Checkpoints:
     Every method is called by all ranks, in the same order.
     """
 
-    def __init__(self, folder: Path, rank: int, *, keep: int = KEPT, asynchronous: bool = False) -> None:
-        """`asynchronous`: `save` returns once the state is copied to the CPU's memory, and a thread writes it
-        over a process group of its own, since it would mix with training's on a shared one.
+    def __init__(
+        self, folder: Path, rank: int, device: torch.device, *, keep: int = KEPT, asynchronous: bool = False
+    ) -> None:
+        """`device` is the one that trains. `asynchronous`: `save` returns once the state is copied to the CPU's
+        memory, and a thread writes it over a process group of its own, since it would mix with training's on
+        a shared one.
 
         Raises EnvironmentFailure where the folder can't be written.
         """
         self._folder, self._leads, self._keep = folder, rank == 0, keep
-        self._group = dist.new_group(backend="gloo")
-        self._thread = ThreadPoolExecutor(1, "checkpoints", initializer=_yield_to_training)
-        self._stager = _stager() if asynchronous else None
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._thread = ThreadPoolExecutor(1, "checkpoints", _yield_to_training, (device,))
+        self._stager = _stager(device) if asynchronous else None
         self._pending: Future[None] | None = None
         self._owner = self._agree(self._claim)
 
@@ -147,6 +156,11 @@ class Checkpoints:
         """Raises Superseded, on rank 0, where another group has begun to write here."""
         if self._leads and (self._folder / "owner").read_text() != self._owner:
             raise Superseded(f"another group of workers writes to {self._folder}")
+
+    def wait(self) -> None:
+        """Until every rank is here, for as long as one of them takes to write a model: on the group that trains
+        half an hour is the most, and NCCL's watchdog then ends the processes."""
+        dist.barrier(group=self._group)
 
     def close(self) -> None:
         """After the last `finish`: ends the thread and frees the copies."""
@@ -247,9 +261,9 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     return {"model": weights, "optimizer": state}
 
 
-def _stager() -> DefaultStager:
+def _stager(device: torch.device) -> DefaultStager:
     """Copies into the same CPU buffers every time; on a GPU these are page-locked."""
-    cuda = torch.cuda.is_available()
+    cuda = device.type == "cuda"
     return DefaultStager(
         StagingOptions(
             use_pinned_memory=cuda,
@@ -260,8 +274,13 @@ def _stager() -> DefaultStager:
     )
 
 
-def _yield_to_training() -> None:
-    """On Linux niceness is a thread's own."""
+def _yield_to_training(device: torch.device) -> None:
+    """What is a thread's own: on Linux its niceness, and everywhere its GPU and stream, of which torch's writer
+    takes the current ones and waits for them again and again. Those of a new thread are the first GPU, whoever
+    trains there, and the stream on which training is queued."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     try:
         os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + _WRITER_NICENESS)
     except OSError:  # not allowed here: it writes at the same priority

@@ -104,6 +104,7 @@ class _Distillation:
         self._checkpoints = Checkpoints(
             job.folder / "checkpoints",
             worker.rank,
+            worker.device,
             keep=job.checkpoints.keep,
             asynchronous=job.checkpoints.asynchronous,
         )
@@ -199,8 +200,8 @@ class _Distillation:
         if self._worker.rank == 0:
             self._checkpoints.check_owner()
             write_student(self._job, weights)
+        self._checkpoints.wait()
         self._checkpoints.close()
-        dist.barrier()
 
 
 def write_student(job: DistillJob, weights: dict[str, torch.Tensor]) -> None:

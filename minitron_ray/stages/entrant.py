@@ -119,10 +119,12 @@ class Bench:
         setting = self.setting
         return setting.stored_teacher(self.signal, share) if self.signal else setting.online_teacher(share)
 
-    def state(self, entrant: Entrant, rank: int) -> TrialState:
+    def state(self, entrant: Entrant, share: Share) -> TrialState:
         """What an entrant's training goes on from after a kill."""
         folder = self.folder(entrant)
-        return FileState(folder / "rung.pt") if self.group is None else ShardedState(folder, rank)
+        if self.group is None:
+            return FileState(folder / "rung.pt")
+        return ShardedState(folder, share.rank, share.device)
 
     def folder(self, entrant: Entrant) -> Path:
         """Of its state."""
@@ -268,6 +270,6 @@ def _train(
         on_rung=on_rung,
         on_step=on_step,
         stop=stop,
-        resume=bench.state(entrant, share.rank),
+        resume=bench.state(entrant, share),
     )
     return rungs_passed[-1].final

@@ -51,6 +51,6 @@ def to_next_rung(trial: GroupTrial, worker: Worker) -> list[RungResult]:
         on_rung=lambda rung: None,
         on_step=on_step,
         stop=worker.stop_requested,
-        resume=ShardedState(trial.folder, worker.rank),
+        resume=ShardedState(trial.folder, worker.rank, worker.device),
         one_rung=True,
     )

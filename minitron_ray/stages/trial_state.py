@@ -105,9 +105,9 @@ def _unchecked() -> Iterator[None]:
 class ShardedState:
     """A folder that all ranks of a group see. Every rank must call."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int, device: torch.device) -> None:
         self._folder, self._leads = folder, rank == 0
-        self._checkpoints = Checkpoints(folder, rank)
+        self._checkpoints = Checkpoints(folder, rank, device)
 
     def save(self, student: Headless, optimizer: Optimizer, note: dict[str, Any]) -> None:
         """The checkpoint first: one without its note is passed over, while a note that is newer than its
