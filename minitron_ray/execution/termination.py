@@ -14,6 +14,8 @@ from typing import Any
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+from minitron_ray.execution.threads import hide_unreserved_devices
+
 _TERMINATED = threading.Event()
 
 
@@ -32,6 +34,7 @@ class TerminableTorch(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(hide_unreserved_devices)  # first: what follows asks CUDA for its devices
         super().on_start(worker_group, backend_config)
         worker_group.execute(_listen)
 
