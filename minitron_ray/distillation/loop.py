@@ -28,7 +28,7 @@ from minitron_ray.distillation.schedule import Schedule
 from minitron_ray.distillation.sharding import begin_pass
 from minitron_ray.distillation.state_loss import Intermediate
 from minitron_ray.distillation.teacher import TeacherSignal
-from minitron_ray.weights.device import peak_memory
+from minitron_ray.weights.device import on_device, peak_memory
 from minitron_ray.weights.documents import predictions
 from minitron_ray.weights.headless import Headless
 
@@ -219,7 +219,7 @@ def _accumulate(
         indices = mine[start : start + share.micro_batch]
         weight = 1.0 if len(indices) else 0.0  # a rank without a sequence keeps step with the others
         indices = indices if len(indices) else batch[:1]
-        ids = torch.from_numpy(data.sequences(indices)).to(share.device)
+        ids = on_device(data.sequences(indices), share.device)
         terms = objective.terms(indices.tolist(), ids)
         # FSDP averages gradients over ranks; the mean over the global batch is a sum of parts.
         (terms[0] * (weight / count * share.world)).backward()

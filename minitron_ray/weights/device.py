@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import torch
+from numpy.typing import NDArray
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -30,6 +31,15 @@ def local_device() -> torch.device:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
+
+
+def on_device(array: NDArray, device: torch.device) -> torch.Tensor:
+    """`array` on `device`. To a GPU it goes through page-locked memory, of which the copy is queued; out of
+    other memory it would wait for all that is queued there before."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @contextmanager

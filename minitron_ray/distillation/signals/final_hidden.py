@@ -54,14 +54,16 @@ class FinalHidden(StoredSignal):
         import numpy as np
         import torch
 
+        from minitron_ray.weights.device import on_device
+
         types = sorted({str(row["hidden"].dtype) for row in rows})
         if len(types) > 1:  # stacked they would all become one of them, bits of bfloat16 read as numbers
             raise MinitronError(
                 f"the teacher's stored final hidden states are of several types ({', '.join(types)}), computed on "
                 "unlike devices; set `precision: float32` or `precision: bfloat16` and run again"
             )
-        stored = torch.from_numpy(np.stack([row["hidden"] for row in rows])).to(device)
+        stored = on_device(np.stack([row["hidden"] for row in rows]), device)
         if self.dtype == "int8":
-            scale = torch.from_numpy(np.stack([row["scale"] for row in rows])).to(device)
+            scale = on_device(np.stack([row["scale"] for row in rows]), device)
             return stored.float().mul_(scale[..., None])
         return stored.view(torch.bfloat16) if stored.dtype == torch.int16 else stored

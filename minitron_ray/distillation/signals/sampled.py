@@ -94,9 +94,9 @@ class Sampled(StoredSignal):
 
     def decode(self, rows: Sequence[Mapping[str, NDArray]], device: torch.device) -> SparseTargets:
         import numpy as np
-        import torch
 
         from minitron_ray.distillation.targets import SparseTargets
+        from minitron_ray.weights.device import on_device
 
         unique = np.stack([row["unique"] for row in rows])
         values = unpack(np.concatenate([row["entries"] for row in rows]))
@@ -107,9 +107,9 @@ class Sampled(StoredSignal):
         probabilities[filled] = (counts + 1) / self.draws
         entropy = np.stack([row["entropy"] for row in rows]).astype(np.float32)
         return SparseTargets(
-            ids=torch.from_numpy(ids).to(device),
-            probabilities=torch.from_numpy(probabilities).to(device),
-            entropy=torch.from_numpy(entropy).to(device),
+            ids=on_device(ids, device),
+            probabilities=on_device(probabilities, device),
+            entropy=on_device(entropy, device),
         )
 
     def _points(self, seed: int, sequence: int, tokens: int) -> NDArray:

@@ -61,13 +61,13 @@ class TopK(StoredSignal):
 
     def decode(self, rows: Sequence[Mapping[str, NDArray]], device: torch.device) -> SparseTargets:
         import numpy as np
-        import torch
 
         from minitron_ray.distillation.targets import SparseTargets
+        from minitron_ray.weights.device import on_device
 
-        ids = torch.from_numpy(unpack(np.stack([row["ids"] for row in rows]))).to(device)
-        tail = torch.from_numpy(np.stack([row["tail"] for row in rows])).to(device)
-        probabilities = torch.from_numpy(np.stack([row["probabilities"] for row in rows])).to(device).float()
+        ids = on_device(unpack(np.stack([row["ids"] for row in rows])), device)
+        tail = on_device(np.stack([row["tail"] for row in rows]), device)
+        probabilities = on_device(np.stack([row["probabilities"] for row in rows]), device).float()
         # They were rounded to 11 bits; together with the tail they are to be 1.
         probabilities *= ((1 - tail) / probabilities.sum(-1))[..., None]
         return SparseTargets(ids=ids, probabilities=probabilities, tail=tail)
