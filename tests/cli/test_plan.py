@@ -138,11 +138,11 @@ def test_a_halving_before_ranks_mean_anything_is_warned_of(plan: Any) -> None:
     text = plan(SMOLLM).stdout
     [early] = [line for line in text.splitlines() if line.startswith("too early")]
     assert "after 2 optimizer steps of 8" in early and "search.retrain.rungs" in early
-    assert "of which 2 go to the end, the first halving after 2 optimizer steps\n" in text
+    assert "of which 2 go to the end, the first halving after 2 optimizer steps; " in text
     [found] = json.loads(plan(SMOLLM, "--json").stdout)
     assert found["first_halving_steps"] == 2 and len(found["warnings"]) == 1
     quickstart = plan(str(EXPERIMENTS / "quickstart.yaml")).stdout
-    assert "the first halving after 5 optimizer steps\n" in quickstart and "too early" not in quickstart
+    assert "the first halving after 5 optimizer steps; " in quickstart and "too early" not in quickstart
     assert "halving after" not in plan(PAPER[0]).stdout, "nothing is halved there"
 
 

@@ -89,7 +89,10 @@ def test_the_plan_is_kept_and_was_right(whole: Desk) -> None:
     # 8 sequences of 32 tokens are scored, and as many are seen by the teacher and by the student.
     assert (actual["importance"].tokens, actual["evaluate"].tokens) == (8 * 32, 2 * 8 * 32)
     assert all(row.tokens == planned[name] for name, row in actual.items() if planned[name])
-    assert actual["search"].disk is None, "without halving nothing is kept of a trial"
+    kept = actual["search"]
+    assert kept.disk and kept.planned_disk and kept.disk <= kept.planned_disk, (
+        "states of trials at their rungs"
+    )
     signal_files = (whole.results / ".cache").rglob("*.bin")
     assert actual["teacher"].disk == sum(path.stat().st_size for path in signal_files) > 0
 
@@ -98,7 +101,7 @@ def test_no_stage_tells_of_more_than_there_is_to_do(whole: Desk) -> None:
     """Also where several workers each do a part, and what they tell is added up."""
     lines = (whole.run_folder() / "events.jsonl").read_text().splitlines()
     told = [event for event in map(json.loads, lines) if event["kind"] == "stage_progress"]
-    assert {"importance", "teacher", "distill"} <= {event["stage"] for event in told}
+    assert "distill" in {event["stage"] for event in told}, "what a short stage tells may come too late"
     assert all(event["total"] is None or event["done"] <= event["total"] for event in told)
 
 

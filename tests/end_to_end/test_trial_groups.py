@@ -40,12 +40,13 @@ def run(desk: Desk) -> set[str]:
 
 
 def groups_of(rows: list[dict[str, Any]]) -> int:
-    """How many groups these rows come from: one a rung of a trial, one a cut that is scored, one a
-    baseline that is trained. And two that share the teacher: one stores its signal, one evaluates."""
+    """How many groups these rows come from: one a rung of a trial, one for all cuts that are scored, as trials
+    run one at a time, one a baseline that is trained. And two that share the teacher: one stores its signal,
+    one evaluates."""
     rungs = [row for row in rows if row["origin"] == "search" and row["tokens"]]
-    cuts = [row for row in rows if row["origin"] == "largest_first" and row["rung"] == 0]
+    cuts = any(row["origin"] == "largest_first" and row["rung"] == 0 for row in rows)
     others = [row for row in rows if row["origin"] != "search" and row["status"] == "completed"]
-    return len(rungs) + len(cuts) + sum(not row["copied"] for row in others) + 2
+    return len(rungs) + cuts + sum(not row["copied"] for row in others) + 2
 
 
 def stored(desk: Desk) -> dict[str, bytes]:

@@ -102,6 +102,6 @@ def test_auto_is_bfloat16_on_accelerators_only() -> None:
 
 def test_one_worker_a_device() -> None:
     h100s = Hardware(name="h100", count=8, flops=4e14, memory=80 * 2**30, source="")
-    assert Layout.on(h100s) == Layout(workers=8, accelerator=True, memory=80 * 2**30)
+    assert Layout.on(h100s) == Layout(workers=8, trials_at_once=8, accelerator=True, memory=80 * 2**30)
     assert Layout.on(h100s, workers=2).workers == 2
     assert Layout.on(None) == Layout()
