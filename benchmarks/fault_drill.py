@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import random
@@ -329,9 +330,7 @@ class Drill:
         """Leaves no room for a checkpoint; makes room when the command has ended, or long went on without."""
         filler, limited = self._progress.results / "filler", list[int]()
         if self._isolated:
-            room = os.statvfs(self._progress.results)
-            with filler.open("wb") as stream:
-                os.posix_fallocate(stream.fileno(), 0, max(1, room.f_bavail * room.f_frsize - FULL))
+            self._until(lambda: _filled(filler), PATIENCE, "the full disk")
         else:  # no file of theirs can grow
             limited = sorted(self._processes)
             self._limit(limited, FULL)
@@ -352,6 +351,19 @@ class Drill:
             with contextlib.suppress(ProcessLookupError):
                 hard = resource.prlimit(process, resource.RLIMIT_FSIZE)[1]
                 resource.prlimit(process, resource.RLIMIT_FSIZE, (size, hard))
+
+
+def _filled(filler: Path) -> bool:
+    """Takes what is free on the disk, but for `FULL`; False where a checkpoint took it first."""
+    try:
+        with filler.open("wb") as stream:
+            room = os.statvfs(filler.parent)
+            os.posix_fallocate(stream.fileno(), 0, max(1, room.f_bavail * room.f_frsize - FULL))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return False
+    return True
 
 
 def main() -> None:

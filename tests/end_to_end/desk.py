@@ -36,7 +36,7 @@ search:
   trials: 7
   halving: null
   retrain: {tokens: 2048, rungs: 3, learning_rate: 3e-3}
-distill: {tokens: 64k, learning_rate: 3e-3}
+distill: {tokens: 32k, learning_rate: 3e-3}
 """
 )
 

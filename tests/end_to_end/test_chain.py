@@ -14,7 +14,7 @@ from tests.end_to_end.desk import EXPERIMENT, Desk
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-FIRST = EXPERIMENT.replace("trials: 7", "trials: 2").replace("tokens: 64k", "tokens: 4k")
+FIRST = EXPERIMENT.replace("trials: 7", "trials: 2").replace("tokens: 32k", "tokens: 4k")
 SECOND = (
     FIRST.replace("name: tiny", "name: tinier")
     .replace("teacher: {path: ./model}", "teacher: {path: ./model}\nstart: {experiment: tiny}")

@@ -12,7 +12,7 @@ from tests.end_to_end.desk import EXPERIMENT, Desk
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-FIRST = EXPERIMENT.replace("text/**/*.txt", "corpus/**/*.parquet").replace("tokens: 64k", "tokens: 1T")
+FIRST = EXPERIMENT.replace("text/**/*.txt", "corpus/**/*.parquet").replace("tokens: 32k", "tokens: 1T")
 SECOND = """
 name: tinier
 precision: float32

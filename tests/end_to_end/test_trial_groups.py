@@ -21,6 +21,7 @@ search:
   space: {layers: 3..4, mlp: [64, 96]}
   trials: 2
   baselines: [largest_first, scratch]
+  zero_shot: null
   retrain: {tokens: 1024, rungs: 2, learning_rate: 3e-3}
 """
 )
