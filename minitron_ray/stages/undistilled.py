@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minitron_ray.distillation.loop import Share
-from minitron_ray.execution.cluster import Cluster, GroupSize
+from minitron_ray.execution.cluster import Cluster, GroupSize, in_group
 from minitron_ray.importance.scores import Scores
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.scoring import shares
@@ -44,17 +44,13 @@ def score_on(cluster: Cluster, candidates: Sequence[Candidate], cuts: Cuts) -> N
     if cuts.group is None:
         cluster.map(score, shares(candidates, cluster.workers()), cuts)
     else:
-        cluster.map_groups(score, shares(candidates, cluster.concurrent_trials()), cuts)
+        jobs = [(part, cuts) for part in shares(candidates, cluster.concurrent_trials())]
+        cluster.map_groups(in_group, jobs, cuts.group, score_in_group)
 
 
 def score(candidates: list[Candidate], cuts: Cuts, report: Callable[..., None]) -> None:
     """In a worker: its share."""
-    if cuts.group is None:
-        _score(candidates, cuts, cuts.setting.share(), report)
-        return
-    from minitron_ray.execution.train_group import run_group_in_trial  # with it comes Ray Train
-
-    run_group_in_trial(cuts.group, score_in_group, (candidates, cuts), report)
+    _score(candidates, cuts, cuts.setting.share(), report)
 
 
 def score_in_group(job: tuple[list[Candidate], Cuts], worker: Worker) -> None:
