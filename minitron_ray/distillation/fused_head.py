@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.targets import SparseTargets
-from minitron_ray.weights.vocabulary import capped, common_rows, row_slices
+from minitron_ray.weights.vocabulary import capped, common_rows, project, row_slices
 
 _CHUNK: Final = {"cpu": 2**23, "cuda": 2**27}
 """Logits of one model held at once: 32 MiB in float32 on a CPU, 512 MiB on a GPU."""
@@ -79,10 +79,11 @@ class _Pass:
             by_head = torch.empty(head.shape, dtype=torch.float32, device=states.device)
         for start in range(0, count, self._chunk):
             part = slice(start, min(start + self._chunk, count))
-            own = _logits(states[part], head, logits)
+            own = project(states[part], head, logits[: part.stop - start])
             theirs = None
             if others is not None and self._teacher_states is not None and self._teacher_head is not None:
-                theirs = _logits(self._teacher_states[part].to(head.dtype), self._teacher_head, others)
+                their_states = self._teacher_states[part].to(head.dtype)
+                theirs = project(their_states, self._teacher_head, others[: len(own)])
             for rows in row_slices(len(own), len(head), own.device):
                 at = slice(start + rows.start, start + rows.stop)
                 values[at] = self._loss_of(own[rows], None if theirs is None else theirs[rows], at, training)
@@ -107,12 +108,6 @@ class _Pass:
         if training:
             raw.copy_(gradient if slope is None else gradient * slope)
         return values
-
-
-def _logits(states: Tensor, head: Tensor, buffer: Tensor) -> Tensor:
-    """Float32 logits of a chunk in the beginning of `buffer`."""
-    out = buffer[: len(states)]
-    return torch.mm(states, head.T, out=out) if head.dtype == out.dtype else out.copy_(states @ head.T)
 
 
 def _product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:

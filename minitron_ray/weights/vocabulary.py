@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,15 @@ HeadOrNone = TypeVar("HeadOrNone", Tensor, Tensor | None)
 
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits held at once: 64 MiB in float32 on a CPU, where caches matter; 512 MiB on a GPU."""
-_SCORED_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
-"""The same of either model where two are compared."""
 _ROW_ELEMENTS = {"cpu": 2**18}
 """Logits that are worked on at once: on a CPU the megabyte of each operand stays in the cache."""
+_SCORED = {"cpu": (256, 512), "cuda": (8192, 16384)}
+"""The same where sequences are scored, as tokens and words of the vocabulary."""
+_HEAD_ELEMENTS = {"cpu": 2**20}
+"""Of a head that is multiplied at once with few tokens: on a CPU a product of the whole head takes up to a third
+longer, as BLAS copies all of it first."""
+_FEW_TOKENS = 512
+"""Fewer than these."""
 
 
 def common_rows(head: HeadOrNone, vocabulary: int | None) -> HeadOrNone:
@@ -38,12 +43,26 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else (logits / softcap).tanh_().mul_(softcap)
 
 
+def project(states: Tensor, head: Tensor, out: Tensor) -> Tensor:
+    """states · headᵀ into `out` (tokens, vocabulary), which is returned; both of the head's type, or `out` float32."""
+    elements = _HEAD_ELEMENTS.get(states.device.type)
+    step = len(head) if elements is None or len(states) >= _FEW_TOKENS else max(1, elements // head.shape[1])
+    for start in range(0, len(head), step):
+        part = slice(start, start + step)
+        if out.dtype == head.dtype:
+            torch.mm(states, head[part].T, out=out[:, part])
+        else:
+            out[:, part] = states @ head[part].T
+    return out
+
+
 @torch.no_grad()
 def chunk_logits(hidden: Tensor, head: Tensor, softcap: float | None = None) -> Tensor:
     """Float32 logits (tokens, vocabulary) of the final hidden states (tokens, hidden) of one chunk,
     computed in the head's type."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return capped((hidden.to(head.dtype) @ head.T).float(), softcap)
+        logits = torch.empty(len(hidden), len(head), device=hidden.device)
+        return capped(project(hidden.to(head.dtype), head, logits), softcap)
 
 
 def row_slices(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
@@ -53,21 +72,6 @@ def row_slices(rows: int, vocabulary: int, device: torch.device) -> Iterator[sli
     step = max(1, rows if elements is None else elements // vocabulary)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
-
-
-class _Head:
-    """An LM head in the type of the computation, and room for the logits of one chunk, used again for each."""
-
-    def __init__(self, weight: Tensor, softcap: float | None, tokens: int) -> None:
-        self._weight, self._softcap = weight, softcap
-        self._raw = torch.empty(tokens, len(weight), dtype=weight.dtype, device=weight.device)
-
-    def project(self, states: Tensor) -> None:
-        torch.mm(states.to(self._weight.dtype), self._weight.T, out=self._raw[: len(states)])
-
-    def logits(self, rows: slice) -> Tensor:
-        """Of some rows of the last chunk, float32; may be overwritten, and can then not be had again."""
-        return capped(self._raw[rows].float(), self._softcap)
 
 
 @torch.no_grad()
@@ -92,38 +96,69 @@ def sequence_scores(
     """
     head, teacher_head = common_rows(head, vocabulary).to(dtype), common_rows(teacher_head, vocabulary)
     samples, tokens, device = len(hidden), hidden.shape[1] - 1, hidden.device
+    student = _Model(hidden, head, softcap)
+    teacher = None
+    if teacher_hidden is not None and teacher_head is not None:
+        teacher = _Model(teacher_hidden, teacher_head.to(dtype), teacher_softcap)
     # Of a sequence by itself, as rows of a product may depend on how many there are; and of equal size, as
     # each chunk reads the whole head.
-    most = max(64, _SCORED_ELEMENTS.get(device.type, _SCORED_ELEMENTS["cpu"]) // len(head))
+    most, words = _SCORED.get(device.type, _SCORED["cpu"])
     size = -(-tokens // -(-tokens // most))
-    student, teacher = _Head(head, softcap, size), None
-    if teacher_hidden is not None and teacher_head is not None:
-        teacher = _Head(teacher_head.to(dtype), teacher_softcap, size)
     # One by one on the device: a sum that is fetched for each chunk would have a GPU wait for the host.
     found = torch.empty(1 if teacher is None else 2, samples, tokens, dtype=torch.float64, device=device)
     with torch.autocast(device.type, enabled=False):
         for sample in range(samples):
             for start in range(0, tokens, size):
                 part = slice(start, min(start + size, tokens))
-                student.project(hidden[sample, part])
-                if teacher is not None and teacher_hidden is not None:
-                    teacher.project(teacher_hidden[sample, part])
-                for rows in row_slices(part.stop - start, len(head), device):
-                    first, last = start + rows.start, start + rows.stop
-                    labels = input_ids[sample, first + 1 : last + 1]
-                    others = None if teacher is None else teacher.logits(rows)
-                    _score(student.logits(rows), others, labels, found[:, sample, first:last])
+                labels = input_ids[sample, part.start + 1 : part.stop + 1]
+                found[:, sample, part] = _scores(student, teacher, sample, part, labels, words)
     means = found.mean(-1) if counted is None else found.where(counted, 0.0).sum(-1) / counted.sum(-1)
     losses, *divergences = means.cpu()
     return losses, divergences[0] if divergences else None
 
 
-def _score(student: Tensor, teacher: Tensor | None, labels: Tensor, out: Tensor) -> None:
-    """Cross entropy and, where there is a teacher, divergence of each row into float64 (1 or 2, rows)."""
-    log_sum = distribution(student)[1]
-    out[0] = log_sum - student.gather(-1, labels[:, None])[:, 0]
-    if teacher is not None:
-        probabilities, teacher_sum = distribution(teacher)
-        # Their difference before the mean over p, in which large numbers would cancel.
-        offset = (teacher_sum - log_sum).float()[:, None]
-        out[1] = teacher.sub_(student).sub_(offset).mul_(probabilities).sum(-1)
+class _Model(NamedTuple):
+    """What logits are computed from."""
+
+    hidden: Tensor
+    """(samples, tokens, hidden)"""
+    head: Tensor
+    """(vocabulary, hidden), in the type of the computation."""
+    softcap: float | None
+
+    def logits(self, sample: int, tokens: slice, words: slice) -> Tensor:
+        """Float32 (tokens, words)."""
+        states = self.hidden[sample, tokens].to(self.head.dtype)
+        return capped((states @ self.head[words].T).float(), self.softcap)
+
+
+def _scores(
+    student: _Model, teacher: _Model | None, sample: int, tokens: slice, labels: Tensor, words: int
+) -> Tensor:
+    """Cross entropy and, where there is a teacher, divergence of each prediction, float64 (1 or 2, tokens).
+
+    So many words of the vocabulary at a time: probabilities within such a block, and the blocks' own. The
+    divergence is that of the blocks' probabilities, and the mean over them of that within each (chain rule).
+    """
+    sums, teacher_sums, within = [], [], []
+    chosen = torch.empty(len(labels), device=labels.device)
+    for start in range(0, len(student.head), words):
+        block = slice(start, min(start + words, len(student.head)))
+        logits = student.logits(sample, tokens, block)
+        sums.append(distribution(logits)[1])
+        at = (labels - start).clamp(0, logits.shape[1] - 1)
+        chosen = torch.where(labels == at + start, logits.gather(-1, at[:, None])[:, 0], chosen)
+        if teacher is not None:
+            others = teacher.logits(sample, tokens, block)
+            probabilities, teacher_sum = distribution(others)
+            teacher_sums.append(teacher_sum)
+            # Their difference before the mean over p, in which large numbers would cancel.
+            offset = (teacher_sum - sums[-1]).float()[:, None]
+            within.append(others.sub_(logits).sub_(offset).mul_(probabilities).sum(-1))
+    blocks = torch.stack(sums)
+    losses = blocks.logsumexp(0) - chosen
+    if teacher is None:
+        return losses[None]
+    log_teacher = torch.stack(teacher_sums).log_softmax(0)
+    divergences = log_teacher.exp() * (log_teacher - blocks.log_softmax(0) + torch.stack(within))
+    return torch.stack([losses, divergences.sum(0)])

@@ -11,7 +11,7 @@ from minitron_ray.weights.vocabulary import sequence_scores
 
 VOCABULARY = 50_257
 SAMPLES, TOKENS = 2, 66
-"""65 predictions are two chunks where a chunk has 64."""
+"""65 predictions are two chunks where a chunk has 64; the last block of 3,000 words is smaller."""
 
 
 def models(width: float) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def test_scores_are_as_exact_as_log_softmax(
     dtype: torch.dtype, width: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From nearly uniform to nearly certain."""
-    monkeypatch.setitem(vocabulary._SCORED_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(vocabulary._SCORED, "cpu", (64, 3000))
     m = models(width)
     found = sequence_scores(**m, dtype=dtype)
     exact, usual = (expected(m, dtype, within) for within in (torch.float64, torch.float32))
