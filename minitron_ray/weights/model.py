@@ -117,6 +117,8 @@ def _stock(
     """The network of transformers, made within the context `during`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from minitron_ray.weights import experts
+
     attributes = {name: value for name, value in config.items() if name not in ("model_type", "torch_dtype")}
     stock = AutoConfig.for_model(config["model_type"], **attributes)
     for name in stock.to_dict():  # those, too, of which `config` is silent: GPT-2's are on by default
@@ -124,9 +126,13 @@ def _stock(
             # What a student drops is lost on it: it is to agree with a teacher that drops nothing.
             # Training then draws no random numbers either, so none belong to what it goes on from.
             setattr(stock, name, 0.0)
+    family, choices = family_of(config), {}
+    if family.stacks:
+        experts.register()
+        choices["experts_implementation"] = experts.IMPLEMENTATION
     with during:
         model = AutoModelForCausalLM.from_config(
-            stock, attn_implementation=family_of(config).attention, dtype=dtype
+            stock, attn_implementation=family.attention, dtype=dtype, **choices
         )
     model.tie_weights()
     model.config.use_cache = False
