@@ -12,7 +12,8 @@ from minitron_ray.core.errors import ConfigError
 from minitron_ray.distillation.loop import Share
 from minitron_ray.stages.setting import Setting
 from minitron_ray.weights.checkpoint import Checkpoint
-from minitron_ray.weights.model import build
+from minitron_ray.weights.layerwise import StreamedLayerwise
+from minitron_ray.weights.vocabulary import chunk_logits, chunks
 
 SEQUENCES = 2
 """Validation sequences that a model is compared on with itself."""
@@ -34,15 +35,20 @@ def _prove(whose: str, written: Checkpoint, taken: Checkpoint, setting: Setting)
     ids = setting.tokens().sequences(np.asarray(setting.splits.validation[:SEQUENCES]))
     own, other = _logits(written, ids, share), _logits(taken, ids, share)
     if not torch.equal(own, other):
-        difference = float((own.float() - other.float()).abs().max())
+        difference = float((own - other).abs().max())
         raise ConfigError(
             f"export.as: {whose} as {types[0]} gives other logits than as {types[1]} (largest difference "
             f"{difference:g}); leave export.as out"
         )
 
 
-@torch.no_grad()
 def _logits(checkpoint: Checkpoint, ids: np.ndarray, share: Share) -> torch.Tensor:
-    model = build(checkpoint.config, checkpoint, dtype=share.dtype, device=share.device, trainable=False)
-    logits: torch.Tensor = model(torch.from_numpy(ids).to(share.device)).logits.cpu()
-    return logits
+    """Layer by layer: whether two files agree is no reason to hold a model that is spread over devices whole."""
+    network = StreamedLayerwise(checkpoint, dtype=share.dtype, device=share.device)
+    state = network.start(torch.from_numpy(ids).to(share.device))
+    hidden = state.hidden
+    for layer in range(network.layers):
+        hidden = network.apply(layer, hidden, state)
+    states, head = network.finish(hidden).flatten(0, 1), network.head
+    parts = chunks(len(states), len(head), share.device)
+    return torch.cat([chunk_logits(states[part], head, network.softcap).cpu() for part in parts])
