@@ -44,7 +44,7 @@ _WRITER_NICENESS = 5
 """Of the thread that writes while training goes on: it gets the processor when training leaves it free."""
 
 
-_PATIENCE: Final = timedelta(days=1)
+PATIENCE: Final = timedelta(days=1)
 """For what one rank writes while the others wait: minutes for each 100 GB, on slow storage hours. A rank that is
 lost is seen earlier, by its connection or by Ray."""
 
@@ -102,7 +102,7 @@ class Checkpoints:
         Raises EnvironmentFailure where the folder can't be written.
         """
         self._folder, self._leads, self._keep = folder, rank == 0, keep
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._thread = ThreadPoolExecutor(1, "checkpoints", _yield_to_training, (device,))
         self._stager = _stager(device) if asynchronous else None
         self._pending: Future[None] | None = None

@@ -23,6 +23,7 @@ from minitron_ray.core.fingerprint import digest
 from minitron_ray.core.units import format_bytes
 from minitron_ray.data.batches import batch_indices
 from minitron_ray.distillation.blocks import block_bytes, cover
+from minitron_ray.distillation.checkpoints import PATIENCE
 from minitron_ray.distillation.signal import StoredSignal
 from minitron_ray.distillation.teacher import EXACT, SignalBlock, compute_block, write_signal
 from minitron_ray.execution.cluster import Cluster, in_group
@@ -219,7 +220,8 @@ def compute_in_group(hand: Hand, worker: Worker) -> None:
     """On every rank: the same, by ranks that share the teacher and each block."""
     setting, before = hand.library.setting, 0
     teacher = setting.online_teacher(setting.share(worker.rank, worker.world, worker.device)).model
-    ranks = dist.new_group(backend="gloo")  # what is stored of a token has no business on a device
+    # What is stored of a token has no business on a device; a block may be another run's for hours.
+    ranks = dist.new_group(backend="gloo", timeout=PATIENCE)
     for block in hand.blocks:
         progress = partial(_tell, worker.report, hand.total, before)
         _fill_together(block, hand.library, partial(_write, block, setting, teacher, progress, ranks), ranks)
