@@ -118,18 +118,39 @@ class Cluster:
     def worker(self) -> Resources:
         """What each worker reserves: found once, so that it stays when nodes come and go."""
         if self._each is None:
-            self._each = self._checked("worker", self.settings.worker or self._fair())
+            self._each = self._checked("worker", self.settings.worker or self._whole())
         return self._each
+
+    def mapper(self) -> Resources:
+        """What each process of `map` reserves: as a worker does, if the cluster file says anything of workers, and
+        else a fair part, as those that share nothing are faster side by side."""
+        settled = self.settings.workers is not None or self.settings.worker is not None
+        return self.worker() if settled else self._checked("worker", self._fair())
+
+    def mappers(self) -> int:
+        """How many of them there are at a time."""
+        settled = self.settings.workers is not None or self.settings.worker is not None
+        return self.workers() if settled else _room(self.mapper())
 
     def trial(self) -> Resources:
         return self._checked("trial", self.settings.trial or self._fair())
 
-    def _fair(self) -> Resources:
-        """A GPU each where there are any; else half of the CPUs, as far as one node has them."""
+    def _whole(self) -> Resources:
+        """A GPU each where there are any; else the CPUs of a node, of the smallest, or of more workers that are asked
+        for an equal part. Two that share a node are slower than one, as they exchange weights and gradients, and
+        hold two copies of both models."""
         if self.gpus:
             return Resources(gpus=1)
-        largest = max(node.get("CPU", 0) for node in _nodes())
-        return Resources(cpus=max(1, min(int(largest), self.cpus // 2)))
+        least, _ = self.settings.worker_range or (1, 1)
+        fitting = (cpus for cpus in range(_smallest(), 0, -1) if _room(Resources(cpus=cpus)) >= least)
+        return Resources(cpus=next(fitting, 1))
+
+    def _fair(self) -> Resources:
+        """A GPU each where there are any; else the CPUs of a node, the smallest, or half of those of the only one."""
+        if self.gpus:
+            return Resources(gpus=1)
+        alone = sum(node.get("CPU", 0) >= 1 for node in _nodes()) == 1
+        return Resources(cpus=max(1, _smallest() // 2 if alone else _smallest()))
 
     def workers(self) -> int:
         """How many processes distill, as of now: of a range as many as there is room for."""
@@ -145,7 +166,7 @@ class Cluster:
     def worker_range(self) -> tuple[int, int]:
         """The least and the most processes that distill together; the cluster's choice is made once."""
         if self._range is None:
-            chosen = self.gpus or min(2, self.cpus)
+            chosen = self.gpus or sum(_fit(node, self.worker()) > 0 for node in _nodes())
             self._range = self.settings.worker_range or (chosen, chosen)
         return self._range
 
@@ -154,8 +175,8 @@ class Cluster:
         return _room(self.worker())
 
     def together(self) -> int:
-        """The most workers that may share one node's memory."""
-        return min(self.workers(), max(_fit(node, self.worker()) for node in _nodes()))
+        """The most processes of `map` that may share one node's memory."""
+        return min(self.mappers(), max(_fit(node, self.mapper()) for node in _nodes()))
 
     def reconnect(self) -> None:
         """After the cluster's head was lost: joins the one that answers at the same address, or starts Ray
@@ -231,14 +252,14 @@ class Cluster:
         self, function: Callable[..., Any], parts: Sequence[Any], *arguments: Any, heeds_stop: bool = False
     ) -> list[Any]:
         """`function(part, *arguments, report)` for every part, results in the order of `parts`; as many at
-        a time as there are workers, each with what a worker reserves.
+        a time as there are mappers, each with what a mapper reserves.
 
         A part whose worker is lost is done again by another. Progress that the parts report is added up.
         Raises what the first to fail raised, and Interrupted on a stop; no other part goes on then. With
         `heeds_stop` those in work are not killed but asked to stop, by `report`, and waited for.
         """
         calls = self._calls(parts, arguments)
-        return self._run(function, calls, self.worker(), at_once=self.workers(), heeds_stop=heeds_stop)
+        return self._run(function, calls, self.mapper(), at_once=self.mappers(), heeds_stop=heeds_stop)
 
     @property
     def one_thread(self) -> bool:
@@ -328,10 +349,8 @@ class Cluster:
             _end(list(running))
 
     def _total(self, resource: str) -> float:
-        import ray
-
         self.connect()
-        return float(ray.cluster_resources().get(resource, 0))
+        return sum(node.get(resource, 0) for node in _nodes())
 
     def _checked(self, what: str, resources: Resources) -> Resources:
         self.connect()
@@ -364,6 +383,11 @@ def _nodes() -> list[dict[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _smallest() -> int:
+    """CPUs of the node that has the fewest."""
+    return int(min((node["CPU"] for node in _nodes() if node.get("CPU", 0) >= 1), default=1))
 
 
 def _room(each: Resources) -> int:

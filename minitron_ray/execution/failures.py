@@ -6,6 +6,7 @@ work: when that is mended, the same work is done again, from what is saved of it
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import ray
@@ -13,6 +14,7 @@ import ray
 from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.weights.device import memory_shortage
 
+_GLOO: Final = re.compile(r"^\[\S+:\d+\] |\. This is typically caused by a remote worker crashing\b.*$")
 _AGAIN: Final = "run the same command again"
 
 
@@ -50,6 +52,7 @@ def left_off(name: str, reason: str) -> EnvironmentFailure:
 
 
 def first_line(error: BaseException) -> str:
-    """Of a message, the first that says something."""
+    """Of a message, the first that says something; without the place in PyTorch's source, and the advice, that
+    gloo wraps around it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return _GLOO.sub("", lines[0]) if lines else type(error).__name__

@@ -108,16 +108,17 @@ class ClusterSettings(Section):
     python: Annotated[str, Field(min_length=1)] = "python"
     """The interpreter on the head node that has minitron-ray, for `submit`."""
     workers: Workers | None = None
-    """Processes of the distillation; null: one a GPU, else two, or one on a single CPU. A range (`1..8`)
-    goes on with fewer when a node is lost, and takes new ones in at a checkpoint."""
+    """Processes of the distillation; null: one a GPU, else one a node. A range (`1..8`) goes on with fewer when
+    a node is lost, and takes new ones in at a checkpoint."""
     wait_for_workers: Annotated[float, Field(ge=0)] = 600.0
     """Seconds that a distillation waits where there is room for less than the least number of workers."""
     checkpoints: CheckpointSettings = CheckpointSettings()
     """Of the distillation."""
     worker: Resources | None = None
-    """What each of them reserves; null: one GPU where there are any, else half of the CPUs."""
+    """What each of them reserves; null: one GPU where there are any, else the CPUs of a node."""
     trial: Resources | None = None
-    """What each process of a search trial reserves; null: likewise. A process has one device."""
+    """What each process of a search trial reserves, one device at most; null: likewise, but half of the CPUs of the
+    only node."""
     trial_workers: Annotated[int, Field(ge=1)] = 1
     """Processes of a search trial. More than one share its student (FSDP2), for candidates that one
     device does not hold; and so what other stages run forward, see `teacher`."""

@@ -55,7 +55,7 @@ def _scorer(context: Context, setting: Setting) -> Scorer:
     work = Work(
         setting=setting,
         mode=cluster.settings.importance,
-        workers=cluster.workers(),
+        workers=cluster.mappers(),
         together=cluster.together(),
         folder=(context.run.folder / "scratch").resolve(),
     )

@@ -181,7 +181,7 @@ def _fill(cluster: Cluster, missing: Sequence[SignalBlock], library: Library) ->
     """Has the workers of a cluster, or groups of them, write the blocks."""
     total, group = _sequences(missing), cluster.teacher_group()
     if group is None:
-        cluster.map(compute, dealt(missing, cluster.workers()), library, total)
+        cluster.map(compute, dealt(missing, cluster.mappers()), library, total)
         return
     jobs = [Hand(blocks=hand, library=library, total=total) for hand in dealt(missing, cluster.groups(group))]
     cluster.map_groups(in_group, jobs, group, compute_in_group)

@@ -42,7 +42,7 @@ class Cuts:
 def score_on(cluster: Cluster, candidates: Sequence[Candidate], cuts: Cuts) -> None:
     """Has the workers of a cluster score cuts by `cuts.write`, a share each."""
     if cuts.group is None:
-        cluster.map(score, shares(candidates, cluster.workers()), cuts)
+        cluster.map(score, shares(candidates, cluster.mappers()), cuts)
     else:
         jobs = [(part, cuts) for part in shares(candidates, cluster.concurrent_trials())]
         cluster.map_groups(in_group, jobs, cuts.group, score_in_group)

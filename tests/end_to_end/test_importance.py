@@ -62,7 +62,7 @@ class Tables:
             work = Work(
                 setting=self.setting,
                 mode=settings.importance,
-                workers=cluster.workers(),
+                workers=cluster.mappers(),
                 together=cluster.together(),
                 folder=self.folder / "scratch",
             )

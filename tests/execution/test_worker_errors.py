@@ -11,7 +11,7 @@ import ray
 import torch
 
 from minitron_ray.core.errors import EnvironmentFailure, MinitronError
-from minitron_ray.execution.failures import left_off, of_the_machine, told
+from minitron_ray.execution.failures import first_line, left_off, of_the_machine, told
 from minitron_ray.execution.train_group import _lost
 
 
@@ -25,6 +25,16 @@ from minitron_ray.execution.train_group import _lost
 def test_the_machines_faults_are_one_line(raised: Exception, said: str) -> None:
     found = told(raised)
     assert isinstance(found, EnvironmentFailure) and said in found.message and "\n" not in found.message
+
+
+def test_a_lost_connection_is_told_without_what_gloo_wraps_around_it() -> None:
+    """The message of torch 2.13, as it is."""
+    error = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1463. This "
+        "is typically caused by a remote worker crashing. Check the logs of the remote worker before reporting an "
+        "error. GLHF! 🏖️"
+    )
+    assert first_line(error) == "Connection closed by peer [127.0.0.1]:1463"
 
 
 def _on_the_cpu() -> object:

@@ -116,7 +116,7 @@ def test_a_group_of_ray_workers_stores_the_same(library: Open, tmp_path: Path) -
     settings = ClusterSettings(workers=2, worker=Resources(cpus=1))
     with Cluster(settings, tmp_path / "run", EventBus(), StopSignal()) as cluster:
         missing = group.missing(group.blocks(Sampled()))
-        cluster.map(compute, dealt(missing, cluster.workers()), group, 405)
+        cluster.map(compute, dealt(missing, cluster.mappers()), group, 405)
     assert files(alone.cache) == files(group.cache)
 
 
