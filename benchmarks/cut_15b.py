@@ -65,6 +65,9 @@ class Copy:
     synced: float
     """Seconds until its bytes were on the disk, as `prune` leaves them."""
 
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s ({self.synced:.1f} s with sync)"
+
 
 def teacher_config(scale: float) -> dict[str, Any]:
     """The 15B's config; a smaller scale has fewer layers and words, each layer of full size."""
@@ -246,8 +249,8 @@ def measure(base: Path, given: argparse.Namespace) -> None:
         as_many.append(copy(files_of(teacher, cuts[-1].moved // 2), duplicate))
         busy = "" if load < BUSY * (os.cpu_count() or 1) else f"; load was {load:.1f}: disturbed by others"
         print(
-            f"round {number}  cut {cuts[-1].seconds:.1f} s, cp of the student {alike[-1].seconds:.1f} s, "
-            f"cp of {format_bytes(as_many[-1].size)} {as_many[-1].seconds:.1f} s{busy}",
+            f"round {number}  cut {cuts[-1].seconds:.1f} s, cp of the student {alike[-1]}, "
+            f"cp of {format_bytes(as_many[-1].size)} {as_many[-1]}{busy}",
             flush=True,
         )
     report(student_size, cuts, alike, as_many)

@@ -16,7 +16,7 @@ from minitron_ray.models.cost import forward_flops, head_flops, training_flops, 
 from minitron_ray.models.family import Family
 from minitron_ray.plan.checkpoints import most_checkpoints
 from minitron_ray.plan.intermediate import resolve_intermediate
-from minitron_ray.plan.memory import Layout, Memory
+from minitron_ray.plan.memory import CHECKPOINT_BYTES, Layout, Memory
 from minitron_ray.plan.rungs import first_halving, steps_text
 from minitron_ray.plan.scoring import scoring_passes
 from minitron_ray.plan.signal import SignalCost, signal_costs, signal_tokens
@@ -36,8 +36,6 @@ DISTILL_CHECKPOINTS = 3
 """Of a distillation on disk at a time: two that are kept, and the one that is being written."""
 TRIAL_CHECKPOINTS, GROUP_CHECKPOINTS = 1, 2
 """That are kept of a trial in one process, and of one that a group trains."""
-CHECKPOINT_BYTES = 12
-"""Bytes a parameter of a checkpoint: the weight and Adam's two moments in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +150,11 @@ class _Costs:
             what=f"{what}, kept in the cache",
             tokens=tokens,
             flops=float(trained + measured * self.validation * self._forward(self.teacher)),
-            memory_bytes=max(self.memory.training(self.teacher, workers, passes), self._teacher_bytes),
+            memory_bytes=max(
+                self.memory.training(self.teacher, workers, passes)
+                + self.memory.checkpoint(self.teacher, workers),
+                self._teacher_bytes,
+            ),
             disk_bytes=parameters * (DISTILL_CHECKPOINTS * CHECKPOINT_BYTES + 4),
         )
 
@@ -296,7 +298,8 @@ class _Costs:
             tokens=kept * tokens,
             tie_tokens=self.tied * tokens,
             flops=float(flops),
-            memory_bytes=self._training_bytes(distill, workers, distill.needs_teacher),
+            memory_bytes=self._training_bytes(distill, workers, distill.needs_teacher)
+            + max(self.memory.checkpoint(arch, workers) for arch in self.students),
             disk_bytes=parameters * (DISTILL_CHECKPOINTS * CHECKPOINT_BYTES + 4 * kept),
         )
 

@@ -24,6 +24,8 @@ LOGIT_COPIES: Final = 4
 FINAL_BYTES: Final = 20
 """A token and a channel of a student in training: what the final norm keeps, and the final hidden states again
 where the loss takes them, with their gradients."""
+CHECKPOINT_BYTES: Final = 12
+"""A parameter of a checkpoint: the weight and Adam's two moments in float32."""
 STATE_BYTES: Final = 16
 """A token and a channel of the teacher, of each pair of hidden states that are compared: both models' states,
 lifted and as they are, and what the distance keeps of them for the backward pass."""
@@ -51,6 +53,8 @@ class Layout:
     """Whether each process of a group holds the whole running teacher, or a shard of it."""
     memory: int | None = None
     """Bytes of one device."""
+    asynchronous: bool = True
+    """Whether a distillation's checkpoints are copied, to be written while it goes on."""
 
     @property
     def teacher_workers(self) -> int:
@@ -76,6 +80,7 @@ class Layout:
         importance: Literal["auto", "resident", "streamed"] = "auto",
         recompute: bool = False,
         teacher: Literal["auto", "whole", "sharded"] = "auto",
+        asynchronous: bool = True,
     ) -> Layout:
         """One worker a device where nothing else is said, and as many trials as all accelerators have room for."""
         if hardware is not None and hardware.accelerator:
@@ -91,6 +96,7 @@ class Layout:
             recompute=recompute,
             teacher=teacher,
             memory=None if hardware is None else hardware.memory,
+            asynchronous=asynchronous,
         )
 
 
@@ -183,6 +189,13 @@ class Memory:
             return value * (outside + 2 * layer), last  # one layer computes while the next one comes
         # On a CPU all weights stay until the step is over, and all gradients where it has several passes.
         return (value + (4 if passes > 1 else 0)) * parameters, last
+
+    def checkpoint(self, student: Architecture, workers: int) -> int:
+        """The copy of its state that each of so many workers keeps for checkpoints: on an accelerator none, as it
+        lies in the machine's memory."""
+        if self.layout.accelerator or not self.layout.asynchronous:
+            return 0
+        return CHECKPOINT_BYTES * self.family.parameters(student) // workers
 
     def teaching(self, teacher: Architecture, group: int | None, student: Architecture) -> int:
         """A teacher that runs beside a `student` of so many workers, as `training` has them: whole, or a shard.

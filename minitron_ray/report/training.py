@@ -48,24 +48,26 @@ def training_section(
         by_student[row["candidate_id"]][row["step"]] = row
     if not by_student:
         return ()
+    planned = {row["stage"]: row["memory_bytes"] for row in store.read("costs").to_pylist()}
     rows, notes = [], []
     for student, steps in sorted(by_student.items()):
         ordered = [steps[number] for number in sorted(steps)]
         name = "teacher, corrected" if student == _TEACHER else names.get(student, student)
-        rows.append((name, *_figures(ordered)))
+        rows.append((name, *_figures(ordered, planned.get("correct" if student == _TEACHER else "distill"))))
         on = trained_on(student, any(row["intermediate_loss"] is not None for row in ordered))
         notes += [f"{name}: {note}" for note in ([] if on is None else [on]) + _notes(ordered)]
     return (
         Section(
             title="Training, step by step",
-            header=("student", "tokens", "tokens/s", "MFU", "memory\na worker", "skipped", "divergence"),
+            header=("student", "tokens", "tokens/s", "MFU", "memory\na worker", "planned", "divergence"),
             rows=tuple(rows),
             notes=tuple(notes),
         ),
     )
 
 
-def _figures(steps: list[Row]) -> tuple[str, ...]:
+def _figures(steps: list[Row], planned: int | None) -> tuple[str, ...]:
+    """Without the skipped steps, which are a note where there are any. `planned` is of the largest student."""
     speed, share = _mean(steps, "tokens_per_second"), _mean(steps, "mfu")
     memory = max((row["peak_memory"] or 0 for row in steps), default=0)
     divergences = _divergences(steps)
@@ -74,7 +76,7 @@ def _figures(steps: list[Row]) -> tuple[str, ...]:
         NONE if speed is None else format_count(speed),
         NONE if share is None else f"{share:.1%}",
         format_bytes(memory) if memory else NONE,
-        str(sum(1 for row in steps if row["skipped"])),
+        format_bytes(planned) if planned else NONE,
         " → ".join(f"{value:.4f}" for value in dict.fromkeys((divergences[0][1], divergences[-1][1])))
         if divergences
         else NONE,

@@ -74,6 +74,7 @@ def layout_of(settings: ClusterSettings, hardware: Hardware | None) -> Layout:
         importance=settings.importance,
         recompute=settings.activation_checkpointing,
         teacher=settings.teacher,
+        asynchronous=settings.checkpoints.asynchronous,
     )
 
 

@@ -232,6 +232,20 @@ def test_what_each_of_two_workers_takes(of_a_rank: dict[str, dict[str, int]], na
     assert found["state"] == pytest.approx(12 * learnt / 2, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("layout", "copies"),
+    [(Layout(), 1), (Layout(asynchronous=False), 0), (Layout(accelerator=True), 0)],
+)
+def test_a_checkpoint_that_is_written_meanwhile_is_a_copy_of_the_state(
+    of_a_rank: dict[str, dict[str, int]], layout: Layout, copies: int
+) -> None:
+    """In the machine's memory, which is a CPU's own."""
+    family = family_of(config(HIDDEN))
+    memory = Memory(family=family, length=1, precision="float32", layout=layout)
+    found = memory.checkpoint(family.read(config(HIDDEN)), 2)
+    assert found == pytest.approx(copies * of_a_rank["several passes"]["state"], rel=0.01)
+
+
 @pytest.mark.parametrize("teacher", ["auto", "sharded"])
 def test_a_sharded_teacher_is_less_on_each_of_more_workers(teacher: Literal["auto", "sharded"]) -> None:
     """On an accelerator: an eighth of it, its embeddings, two layers, and its final states twice. `auto` shards

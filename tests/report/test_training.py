@@ -29,9 +29,13 @@ def test_speed_memory_skips_and_a_rise_are_told(tmp_path: Path) -> None:
         for number, (speed, share, skipped, divergence) in enumerate(figures, 1)
     ]
     store.append("steps", rows, writer="w", sequence=0)
+    costs = [
+        {"stage": stage, "memory_bytes": size * 2**30} for stage, size in (("correct", 9), ("distill", 5))
+    ]
+    store.append("costs", costs, writer="w", sequence=0)
     (section,) = training_section(store, {"aaaa": "4L 48H"})
     # 4 x 1000 tokens in 10 + 3.33 + 10 + 10 seconds.
-    assert section.rows == (("4L 48H", "4.0K", "120", "24.0%", "4.0 GiB", "1", "2.0000 → 1.5000"),)
+    assert section.rows == (("4L 48H", "4.0K", "120", "24.0%", "4.0 GiB", "5.0 GiB", "2.0000 → 1.5000"),)
     first, second = section.notes
     assert first == "4L 48H: skipped, as loss or gradient was not finite: step 2"
     assert "rose from 1.0000 after 3.0K tokens to 1.5000 after 4.0K" in second
