@@ -141,7 +141,7 @@ def _scores(
     divergence is that of the blocks' probabilities, and the mean over them of that within each (chain rule).
     """
     sums, teacher_sums, within = [], [], []
-    chosen = torch.empty(len(labels), device=labels.device)
+    chosen = torch.full((len(labels),), torch.nan, device=labels.device)  # as it stays for what is no word
     for start in range(0, len(student.head), words):
         block = slice(start, min(start + words, len(student.head)))
         logits = student.logits(sample, tokens, block)
