@@ -22,7 +22,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 BOTH_JOINED = """
 import sys, time, ray
-ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+while not ray.is_initialized():
+    try:  # a head that listens may not know its own node yet
+        ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        time.sleep(0.5)
 while sum(node["Alive"] for node in ray.nodes()) < 2:
     time.sleep(0.2)
 """
@@ -75,7 +80,7 @@ def address() -> Iterator[str]:
         wait(lambda: listening(port), "the head")
         nodes.append(start(f"--address=127.0.0.1:{port}"))
         joined = [sys.executable, "-c", BOTH_JOINED, f"127.0.0.1:{port}"]
-        subprocess.run(joined, check=True, timeout=120, capture_output=True)
+        subprocess.run(joined, check=True, timeout=120)
         yield f"127.0.0.1:{port}"
     finally:
         for node in reversed(nodes):
