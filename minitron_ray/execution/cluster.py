@@ -140,7 +140,7 @@ class Cluster:
     def _whole(self) -> Resources:
         """A GPU each where there are any; else the CPUs of a node, of the smallest, or of more workers that are asked
         for an equal part. Two that share a node are slower than one, as they exchange weights and gradients, and
-        hold two copies of both models."""
+        hold the weights of both models twice."""
         if self.gpus:
             return Resources(gpus=1)
         least, _ = self.settings.worker_range or (1, 1)

@@ -19,8 +19,8 @@ _ROW_ELEMENTS = {"cpu": 2**18}
 _SCORED = {"cpu": (256, 512), "cuda": (8192, 16384)}
 """The same where sequences are scored, as tokens and words of the vocabulary."""
 _HEAD_ELEMENTS = {"cpu": 2**20}
-"""Of a head that is multiplied at once with few tokens: on a CPU a product of the whole head takes up to a third
-longer, as BLAS copies all of it first."""
+"""Of a head that is multiplied at once with few tokens: on a CPU a product with all of it takes up to a third
+longer."""
 _FEW_TOKENS = 512
 """Fewer than these."""
 
