@@ -20,16 +20,10 @@ from tests.end_to_end.desk import Desk
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-BOTH_JOINED = """
-import sys, time, ray
-while not ray.is_initialized():
-    try:  # a head that listens may not know its own node yet
-        ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        time.sleep(0.5)
-while sum(node["Alive"] for node in ray.nodes()) < 2:
-    time.sleep(0.2)
+ALIVE = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+sys.exit(sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]))
 """
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -45,11 +39,10 @@ def listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
+def start(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
     command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1", *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    with log.open("ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
 
 
 def end(node: subprocess.Popen[bytes]) -> None:
@@ -67,32 +60,40 @@ def address() -> Iterator[str]:
     """Two nodes of one CPU each; both end with the test."""
     port = free_port()
     # Short, since Ray puts sockets below it, whose names may have 107 characters.
-    folder = tempfile.mkdtemp(prefix="mr", dir="/tmp")
-    head = start(
+    folder = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))
+    joining = f"127.0.0.1:{port}"
+    head = (
         "--head",
         f"--port={port}",
         "--dashboard-host=127.0.0.1",
         f"--temp-dir={folder}",
         "--disable-usage-stats",
     )
-    nodes = [head]
+    nodes: list[subprocess.Popen[bytes]] = []
+    log = folder / "nodes.log"
     try:
-        wait(lambda: listening(port), "the head")
-        nodes.append(start(f"--address=127.0.0.1:{port}"))
-        joined = [sys.executable, "-c", BOTH_JOINED, f"127.0.0.1:{port}"]
-        subprocess.run(joined, check=True, timeout=120)
-        yield f"127.0.0.1:{port}"
+        # One after the other: on a busy machine a node gives up on a head that is not ready yet.
+        for count, arguments in enumerate((head, (f"--address={joining}",)), start=1):
+            nodes.append(start(log, *arguments))
+            wait_for(joining, nodes, count, log)
+        yield joining
     finally:
         for node in reversed(nodes):
             end(node)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait(ready, what: str) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 60
-    while not ready():
-        assert time.monotonic() < deadline, f"{what} did not start"
-        time.sleep(0.2)
+def wait_for(joining: str, nodes: list[subprocess.Popen[bytes]], count: int, log: Path) -> None:
+    """Returns when `count` nodes are alive; a failure says what the nodes and the last look at them printed."""
+    deadline = time.monotonic() + 240
+    answer = None
+    while answer is None or answer.returncode != 0:
+        said = "" if answer is None else answer.stderr
+        assert time.monotonic() < deadline, f"node {count} did not join\n{log.read_text()}\n{said}"
+        for node in nodes:
+            assert node.poll() is None, f"a node ended\n{log.read_text()}"
+        look = [sys.executable, "-c", ALIVE, joining, str(count)]
+        answer = subprocess.run(look, check=False, stderr=subprocess.PIPE, text=True, timeout=240)
 
 
 def test_workers_on_both_nodes_distill_together(desk: Desk, address: str) -> None:
