@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +26,7 @@ from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.experiment import Experiment
 from minitron_ray.results.run import Run
 from tests.end_to_end.desk import Desk
-from tests.end_to_end.test_two_nodes import end, free_port, listening, start, wait
+from tests.end_to_end.nodes import Nodes, free_port, listening
 
 
 @pytest.fixture
@@ -182,24 +180,19 @@ def test_a_run_that_is_named_like_a_job_is_the_run(tmp_path: Path, monkeypatch: 
 def head() -> Iterator[str]:
     """The job server of a head with two CPUs, on loopback, that asks for the tests' token."""
     port, server, agent, grpc = (free_port() + offset for offset in (0, 200, 400, 600))
-    folder = tempfile.mkdtemp(prefix="mr", dir="/tmp")
-    node = start(
-        "--head",
-        f"--port={port}",
-        "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={server}",
-        f"--dashboard-agent-listen-port={agent}",
-        f"--dashboard-agent-grpc-port={grpc}",
-        "--num-cpus=2",
-        f"--temp-dir={folder}",
-        "--disable-usage-stats",
-    )
-    try:
-        wait(lambda: listening(server), "the job server")
+    with Nodes() as nodes:
+        nodes.head(
+            port,
+            f"--dashboard-port={server}",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--dashboard-agent-grpc-port={grpc}",
+            cpus=2,
+        )
+        deadline = time.monotonic() + 60
+        while not listening(server):
+            assert time.monotonic() < deadline, "the job server did not start"
+            time.sleep(0.2)
         yield f"http://127.0.0.1:{server}"
-    finally:
-        end(node)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.ray

@@ -7,8 +7,6 @@ environment names, from which CUDA takes them.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from minitron_ray.execution.train_group import Worker, run_group
 from minitron_ray.execution.tune_search import SearchRequest, run_search
 from minitron_ray.search.cohorts import Cohorts
 from minitron_ray.search.halving import Fate, Halving
-from tests.end_to_end.test_two_nodes import end, listening, start, wait
+from tests.end_to_end.nodes import Nodes, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -36,32 +34,17 @@ HIDDEN = ""
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A node of two CPUs and two GPUs, started as a user would, who sets nothing of Ray's about devices."""
-    # Below Ray's worker ports, and seldom another process's that starts a node at the same time.
-    port = next(port for port in range(7200 + os.getpid() % 800, 9000) if not listening(port))
-    folder = tempfile.mkdtemp(prefix="mr", dir="/tmp")  # short: Ray's sockets lie below it
     override = os.environ.pop("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", None)
     os.environ["CUDA_VISIBLE_DEVICES"] = NODE
-    try:
-        node = start(
-            "--head",
-            f"--port={port}",
-            "--num-cpus=2",
-            "--num-gpus=2",
-            "--dashboard-host=127.0.0.1",
-            f"--temp-dir={folder}",
-            "--disable-usage-stats",
-        )
-    finally:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        if override is not None:
-            os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = override
-    try:
-        wait(lambda: listening(port), "the node")
-        assert node.poll() is None, "another process has taken its port"
-        yield f"127.0.0.1:{port}"
-    finally:
-        end(node)
-        shutil.rmtree(folder, ignore_errors=True)
+    with Nodes() as nodes:
+        try:
+            # Seldom another process's that starts a node at the same time.
+            nodes.head(free_port(7200 + os.getpid() % 800), "--num-gpus=2", cpus=2)
+        finally:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+            if override is not None:
+                os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = override
+        yield nodes.address
 
 
 def cluster(address: str, folder: Path, gpus: int) -> Cluster:

@@ -1,0 +1,96 @@
+"""Nodes of Ray on this machine, each started with `ray start` as cluster/README.md says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+RAY = str(Path(sys.executable).with_name("ray"))
+ALIVE = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+sys.exit(sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]))
+"""
+PATIENCE_S = 240.0
+
+
+def free_port(first: int = 7000) -> int:
+    """Below 10002, where Ray's worker ports begin."""
+    return next(port for port in range(first, 10000) if not listening(port))
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Nodes:
+    """A context: a head and the nodes that join it, each begun when those before are alive to a driver. On a busy
+    machine a node, or a driver, gives up on a head that only listens. All end with the block."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        # Short, since Ray puts sockets below it, whose names may have 107 characters.
+        self._folder = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))
+        self._nodes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for node in reversed(self._nodes):
+            _end(node)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def head(self, port: int, *options: str, cpus: int = 1) -> None:
+        self.address = f"127.0.0.1:{port}"
+        self._start(
+            "--head",
+            f"--port={port}",
+            f"--num-cpus={cpus}",
+            "--dashboard-host=127.0.0.1",
+            f"--temp-dir={self._folder}",
+            "--disable-usage-stats",
+            *options,
+        )
+
+    def join(self, cpus: int = 1) -> None:
+        self._start(f"--address={self.address}", f"--num-cpus={cpus}")
+
+    def _start(self, *arguments: str) -> None:
+        log = self._folder / "nodes.log"
+        with log.open("ab") as output:
+            node = subprocess.Popen(
+                [RAY, "start", "--block", "--node-ip-address=127.0.0.1", *arguments],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._nodes.append(node)
+        look = [sys.executable, "-c", ALIVE, self.address, str(len(self._nodes))]
+        deadline = time.monotonic() + PATIENCE_S
+        while (
+            found := subprocess.run(look, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S)
+        ).returncode:
+            said = f"{log.read_text()}\n{found.stderr}"
+            assert all(node.poll() is None for node in self._nodes), f"a node ended\n{said}"
+            assert time.monotonic() < deadline, f"node {len(self._nodes)} did not join\n{said}"
+
+
+def _end(node: subprocess.Popen[bytes]) -> None:
+    """Ends a node and every process it started; they are a session of their own."""
+    node.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        node.wait(timeout=10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
