@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Final
 
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.results.files import cannot_write, make_folder, remove_temporaries, sync_folder, write_json
-from minitron_ray.weights.direct import DirectOutput
 from minitron_ray.weights.slicing import Slice
+from minitron_ray.weights.streaming import StreamedOutput
 from minitron_ray.weights.writing import Shard
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class _Writer:
     ) -> Future[None]:
         part = self.folder / f"{shard.file}.part"
         try:
-            file = DirectOutput(part)
+            file = StreamedOutput(part)
         except OSError as error:
             raise cannot_write(part, error) from error
         pending: deque[Future[None]] = deque([writing.submit(self._put, file, shard.header)])
@@ -150,7 +150,7 @@ class _Writer:
             raise
         return settling.submit(self._settle, shard, file, part)
 
-    def _put(self, file: DirectOutput, values: bytes | torch.Tensor) -> None:
+    def _put(self, file: StreamedOutput, values: bytes | torch.Tensor) -> None:
         if isinstance(values, bytes):
             file.write(values)
             return
@@ -158,7 +158,7 @@ class _Writer:
         self.written += values.nbytes
         self.report(self.written, self.total)
 
-    def _settle(self, shard: Shard, file: DirectOutput, part: Path) -> None:
+    def _settle(self, shard: Shard, file: StreamedOutput, part: Path) -> None:
         try:
             with file:
                 file.finish()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.weights.checkpoint import Checkpoint, torch_dtype
-from minitron_ray.weights.direct import DirectFile
+from minitron_ray.weights.streaming import StreamedFile
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class StoredRows:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._spans = {file: spans(checkpoint.folder / file) for file in checkpoint.files}
-        self._files: dict[str, DirectFile] = {}
+        self._files: dict[str, StreamedFile] = {}
         self._opening = threading.Lock()
         self._memory = threading.local()
 
@@ -64,7 +64,7 @@ class StoredRows:
         start, row = self._spans[file][stored].start, self.row_bytes(name)
         parts = [(start + run.start * row, start + run.stop * row) for run in runs]
         try:
-            memory, base = self._file(file).read(parts, self._buffer)
+            memory = self._file(file).read(parts, self._buffer)
         except (OSError, EOFError) as error:
             why = getattr(error, "strerror", None) or error
             raise ConfigError(
@@ -72,7 +72,7 @@ class StoredRows:
             ) from error
         rows = runs[-1].stop - runs[0].start
         values = rows * row // dtype.itemsize
-        flat = torch.frombuffer(memory, dtype=dtype, count=values, offset=parts[0][0] - base)
+        flat = torch.frombuffer(memory, dtype=dtype, count=values)
         return flat.reshape(rows, *self._checkpoint.shape(name)[1:])
 
     def row_bytes(self, name: str) -> int:
@@ -80,14 +80,14 @@ class StoredRows:
         file, stored = self._checkpoint.stored_as(name)
         return self._spans[file][stored].size // max(1, self._checkpoint.shape(name)[0])
 
-    def _file(self, name: str) -> DirectFile:
+    def _file(self, name: str) -> StreamedFile:
         with self._opening:
             if name not in self._files:
-                self._files[name] = DirectFile(self._checkpoint.folder / name)
+                self._files[name] = StreamedFile(self._checkpoint.folder / name)
             return self._files[name]
 
     def _buffer(self, size: int) -> mmap.mmap:
-        """This thread's own memory, page-aligned, which grows and is used again."""
+        """This thread's own memory, which grows and is used again."""
         held: mmap.mmap | None = getattr(self._memory, "held", None)
         if held is None or len(held) < size:
             held = self._memory.held = mmap.mmap(-1, size)
