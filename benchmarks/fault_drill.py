@@ -68,7 +68,7 @@ LINGERS: Final = ("leave",)
 """Faults that some steps may still be made after: got over is only what has begun again."""
 STEPS_A_FAULT: Final = 80
 """Some are made before the next one strikes, and some while a lost machine comes back."""
-SHORT_STEPS: Final = 240
+SHORT_STEPS: Final = 160
 VOCABULARY: Final = 512
 
 

@@ -124,14 +124,15 @@ class Cluster:
     def mapper(self) -> Resources:
         """What each process of `map` reserves: as a worker does, if the cluster file says anything of workers, and
         else a fair part, as those that share nothing are faster side by side."""
-        return self.worker() if self._settled else self._checked("worker", self._fair())
+        return self.worker() if self.settled else self._checked("worker", self._fair())
 
     def mappers(self) -> int:
         """How many of them there are at a time."""
-        return self.workers() if self._settled else _room(self.mapper())
+        return self.workers() if self.settled else _room(self.mapper())
 
     @property
-    def _settled(self) -> bool:
+    def settled(self) -> bool:
+        """Whether the cluster file says anything of workers."""
         return self.settings.workers is not None or self.settings.worker is not None
 
     def trial(self) -> Resources:

@@ -20,7 +20,12 @@ import ray
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.constants import (
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
+    ENV_VARS_TO_PROPAGATE,
+    HEALTH_CHECK_INTERVAL_S_ENV_VAR,
+)
 from ray.train.v2._internal.exceptions import RayTrainError
 from torch.distributed import DistError
 
@@ -37,6 +42,13 @@ _GROW_AFTER_S = 5.0
 """For so long there must be room for more workers before a group is asked to begin again with them."""
 _LOOK_S = 1.0
 _ADDRESS: Final = "RAY_ADDRESS"
+_DEFAULTS: Final = {
+    HEALTH_CHECK_INTERVAL_S_ENV_VAR: "0.5",
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR: "0",
+}
+"""Of Ray Train's settings, unless the user's environment has them: how often it looks whether the workers have
+ended, by default every two seconds; and no process that warns workers of a node that will be taken away, as none
+listens to it: they hear the SIGTERM."""
 _LOSSES: Final = (ray.exceptions.RayError, ray.train.TrainingFailedError, RayTrainError)
 """What Ray says of a lost worker, node or controller, or of a group that could not be placed."""
 _RETRIED: Final = (*_LOSSES, RuntimeError, OSError)
@@ -259,15 +271,16 @@ class _Fit:
 
     def _fit(self) -> None:
         try:
-            with _cluster_in_environment():
+            with _environment():
                 self._value = self._trainer.fit().return_value
         except BaseException as error:  # handed to the main thread above
             self._error = error
 
 
 @contextmanager
-def _cluster_in_environment() -> Iterator[None]:
-    """RAY_ADDRESS names the cluster of this process, here and in the group's controller.
+def _environment() -> Iterator[None]:
+    """Ray Train's settings, for this process and for the group's controller; RAY_ADDRESS names the cluster of this
+    process in both.
 
     Ray Train's clean-up asks a cluster whether the controller lives, and finds that cluster as a command line
     does: where nothing names it, through what `ray start` last left on the machine. Of one long gone there is
@@ -275,15 +288,25 @@ def _cluster_in_environment() -> Iterator[None]:
     place is taken away while it works.
     """
     ENV_VARS_TO_PROPAGATE.add(_ADDRESS)
-    before = os.environ.get(_ADDRESS)
-    os.environ[_ADDRESS] = ray.get_runtime_context().gcs_address
+    settings = {name: value for name, value in _DEFAULTS.items() if name not in os.environ}
+    settings[_ADDRESS] = ray.get_runtime_context().gcs_address
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_ADDRESS]
-        else:
-            os.environ[_ADDRESS] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class _Trainer(TorchTrainer):
+    """Without Ray Data, of which no group reads anything: no process that would deal its rows out."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
 
 def _name() -> str:
@@ -295,11 +318,10 @@ def _trainer(
     name: str, size: GroupSize, function: Callable[[Any, Worker], Any], job: Any, reporter: Any
 ) -> TorchTrainer:
     each = size.each
-    return TorchTrainer(
+    return _Trainer(
         _on_worker,
         train_loop_config={
-            "function": function,
-            "job": job,
+            "work": ray.cloudpickle.dumps((function, job)),  # the controller need not know what it says
             "reporter": reporter,
             "threads": each.cpus,
             "group": name,
@@ -361,4 +383,5 @@ def _on_worker(config: dict[str, Any]) -> Any:
         stopped_by_user=reporter.stop_requested if leads else _never,
         regroup_requested=(lambda: reporter.regroup_requested(group)) if leads else _never,
     )
-    return with_threads(config["threads"], config["function"], config["job"], worker)
+    function, job = ray.cloudpickle.loads(config["work"])
+    return with_threads(config["threads"], function, job, worker)

@@ -10,11 +10,12 @@ from minitron_ray.core.errors import MinitronError
 from minitron_ray.importance.metric import ListeningLayerMetric, RemovalMetric
 from minitron_ray.importance.scores import Scores
 from minitron_ray.importance.units import UnitScores
+from minitron_ray.models.cost import forward_flops
 from minitron_ray.plan.plan import Plan
 from minitron_ray.search.rounds import round_shapes
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.rounds import score_rounds
-from minitron_ray.stages.scoring import Scorer, Work
+from minitron_ray.stages.scoring import Scorer, Work, worthwhile
 from minitron_ray.stages.setting import Setting
 
 
@@ -52,14 +53,27 @@ def read_scores(context: Context) -> Scores:
 
 def _scorer(context: Context, setting: Setting) -> Scorer:
     cluster = context.cluster
+    workers = (
+        cluster.mappers() if cluster.settled else worthwhile(_operations(context, setting), cluster.mappers())
+    )
     work = Work(
         setting=setting,
         mode=cluster.settings.importance,
-        workers=cluster.mappers(),
-        together=cluster.together(),
+        workers=workers,
+        together=min(workers, cluster.together()),
         folder=(context.run.folder / "scratch").resolve(),
     )
     return Scorer(cluster=cluster, work=work, base=context.ready.base)
+
+
+def _operations(context: Context, setting: Setting) -> int:
+    """Of the passes over the calibration sequences: one, or as many as there are layers that may be left out."""
+    passes = (
+        setting.architecture.layers if isinstance(context.experiment.importance.depth, RemovalMetric) else 1
+    )
+    length = context.experiment.data.sequence_length
+    tokens = len(setting.splits.calibration) * length
+    return passes * tokens * forward_flops(setting.family, setting.architecture, length)
 
 
 def _check(label: str, scores: UnitScores) -> None:

@@ -7,6 +7,7 @@ batches cut, before they are shared out, and results are put together in their o
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ from minitron_ray.weights.layerwise import Layerwise, StreamedLayerwise
 STREAMS_SHARE: Final = 0.25
 """Of the free memory of the machine: what the hidden states of a streamed teacher may take, those of all workers
 on it, before they go to files."""
+_WORTH_A_PROCESS: Final = 2e11
+"""Operations that a few processors do while one more process starts and loads its libraries."""
 _HOST: Final = torch.device("cpu")
 
 Item = TypeVar("Item")
@@ -144,6 +147,12 @@ class Scorer:
         scores = score_layers(metric, setting.architecture.layers, fewest, measure)
         self.seen.append(sum(examples.batch(start, stop).ids.size for start, stop in batches))
         return scores
+
+
+def worthwhile(operations: float, most: int) -> int:
+    """How many processes to share so many operations out to: as many as there may be, or fewer where starting them
+    would take longer than what they do."""
+    return max(1, min(most, math.ceil(operations / _WORTH_A_PROCESS)))
 
 
 def shares(items: Sequence[Item], workers: int) -> list[list[Item]]:

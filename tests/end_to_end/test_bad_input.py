@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from minitron_ray.cli import main
 from tests.end_to_end.desk import HEAD, Desk
 
 
@@ -118,14 +120,24 @@ CASES: dict[str, tuple[Callable[[Desk], None], tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_exit_code_2(desk: Desk, case: str) -> None:
+def test_one_line_and_exit_code_2(desk: Desk, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """In this process, which has loaded a tensor library once for all cases."""
     spoil, arguments, message = CASES[case]
     spoil(desk)
-    _, err = desk.call("run", "tiny.yaml", *arguments, expect=2)
+    monkeypatch.chdir(desk.folder)
+    done = CliRunner().invoke(main, ["run", "tiny.yaml", *arguments])
+    assert done.exit_code == 2, done.output
+    err = done.stderr
     assert message in err and "Traceback" not in err
     errors = [line for line in err.splitlines() if line.startswith(("error:", "tiny.yaml:", "--set"))]
     assert len(errors) == 1, err
     assert not list(desk.results.glob("tiny/*")) and not list(desk.results.rglob("*.partial"))
+
+
+def test_so_it_is_in_a_process_of_its_own(desk: Desk) -> None:
+    set_config(desk, model_type="mamba")
+    _, err = desk.call("run", "tiny.yaml", expect=2)
+    assert err.count("is not supported; supported are") == 1 and "Traceback" not in err
 
 
 def test_a_cluster_that_does_not_answer_is_exit_code_3(desk: Desk) -> None:

@@ -12,7 +12,7 @@ from tests.end_to_end.nodes import Nodes, free_port
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Two nodes of one CPU each."""
     with Nodes() as nodes:

@@ -11,7 +11,7 @@ from minitron_ray.data.splits import Splits
 from minitron_ray.execution.cluster import _fit
 from minitron_ray.execution.settings import Resources
 from minitron_ray.experiment import Experiment
-from minitron_ray.stages.scoring import Work, fits
+from minitron_ray.stages.scoring import Work, fits, worthwhile
 from minitron_ray.stages.setting import Setting
 
 STATES = 10 * 32 * 48 * 4
@@ -101,3 +101,10 @@ def test_weights_are_held_against_the_devices_memory(
 )
 def test_workers_of_one_node(node: dict[str, float], each: Resources, expected: int) -> None:
     assert _fit(node, each) == expected
+
+
+def test_no_process_is_started_that_would_do_less_than_its_start_takes() -> None:
+    assert worthwhile(0, 8) == worthwhile(1e9, 8) == 1
+    assert worthwhile(1e15, 8) == 8 and worthwhile(1e15, 1) == 1
+    counts = [worthwhile(operations, 64) for operations in range(0, 10**14, 10**11)]
+    assert counts == sorted(counts) and set(counts) == set(range(1, 65))
