@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from minitron_ray.search.halving import Fate, Halving, decide, in_order
+from minitron_ray.search.halving import Fate, Halving, State, decide, in_order
 from minitron_ray.search.propose import Told
 
 FINISHED: Final = object()
@@ -48,13 +48,15 @@ class Cohorts:
         costed: bool = False,
         known: Mapping[str, Known] | None = None,
     ) -> None:
-        """`known` is what earlier attempts left; with `ties`, stopped trials that tie are run to the end.
-        `costed`: every trial that reports has a cost."""
+        """`known` is what earlier attempts left. At the end of a search stopped trials are run to the end: the best,
+        where those that went on in their places have failed and fewer are completed than are kept, and with
+        `ties` those that tie. `costed`: every trial that reports has a cost."""
         self._trials, self._size, self._rule = trials, size, rule
         self._propose, self._ties, self._costed = propose, ties, costed
         self._known = dict(known or {})
         self._members: list[list[str]] = []
-        self._again: list[str] | None = None
+        self._again: list[str] = []
+        self._tied_found = False
         self._fates: dict[str, Fate] = {}
         self._exhausted = False
         self._advance()
@@ -111,16 +113,18 @@ class Cohorts:
         return self._exhausted and all(fate.ended for fate in self._fates.values())
 
     def _advance(self) -> None:
-        """Proposes a cohort once those before have ended; after the last, takes ties up again."""
+        """Proposes a cohort once those before have ended; after the last, takes stopped ones up again."""
         self._decide()
         while not self._exhausted and all(fate.ended for fate in self._fates.values()):
             count = min(self._size, self._trials - len(self._fates))
             members = self._cohort(count) if count else []
-            if not members:
-                self._exhausted = True
-                self._again = self._tied()
-            else:
+            if members:
                 self._members.append(members)
+            else:
+                self._exhausted = True
+            self._decide()
+        while self._over and (names := self._replacements() or self._ties_once()):
+            self._again += names
             self._decide()
 
     def _cohort(self, count: int) -> list[str]:
@@ -131,26 +135,39 @@ class Cohorts:
         # Another release of the sampler may propose others; what was begun is paid for.
         return [*begun, *(name for name in proposed if name not in begun)][:count]
 
-    def _tied(self) -> list[str]:
-        completed = {
-            name: self._known[name].losses[fate.tokens]
-            for name, fate in self._fates.items()
-            if fate.state == "completed"
-        }
-        stopped = {name: fate.tokens for name, fate in self._fates.items() if fate.state == "stopped"}
-        if self._ties is None or not completed or not stopped:
+    def _in_state(self, state: State) -> dict[str, int]:
+        """The trials in this state, and at how many tokens."""
+        return {name: fate.tokens for name, fate in self._fates.items() if fate.state == state}
+
+    def _replacements(self) -> list[str]:
+        """For those that failed after they had been let go on: the stopped that came furthest, the best first."""
+        stopped, missing = self._in_state("stopped"), self._rule.keep - len(self._in_state("completed"))
+        order: list[str] = []
+        for rung in sorted(set(stopped.values()), reverse=True):
+            losses = {name: self._known[name].losses[rung] for name, at in stopped.items() if at == rung}
+            order += in_order(losses, self._costs() if self._costed else None)
+        return order[: max(0, missing)]
+
+    def _ties_once(self) -> list[str]:
+        completed, stopped = self._in_state("completed"), self._in_state("stopped")
+        if self._ties is None or self._tied_found or not completed or not stopped:
             return []
-        return list(self._ties(in_order(completed)[0], stopped))
+        self._tied_found = True
+        winner = in_order({name: self._known[name].losses[tokens] for name, tokens in completed.items()})[0]
+        return list(self._ties(winner, stopped))
+
+    def _costs(self) -> dict[str, float]:
+        return {name: known.cost for name, known in self._known.items() if known.cost is not None}
 
     def _decide(self) -> None:
         losses = {name: known.losses for name, known in self._known.items()}
         failed = {name for name, known in self._known.items() if known.failed}
-        costs = {name: known.cost for name, known in self._known.items() if known.cost is not None}
+        costs = self._costs() if self._costed else None
         fates: dict[str, Fate] = {}
         for members in self._members:
-            fates |= decide(members, losses, failed, self._rule, costs if self._costed else None)
+            fates |= decide(members, losses, failed, self._rule, costs)
         last = self._rule.rungs[-1]
-        for name in self._again or ():
+        for name in self._again:
             if last in losses[name]:
                 fates[name] = Fate(state="completed", tokens=last)
             else:

@@ -196,6 +196,17 @@ def test_one_that_raises_and_one_whose_process_dies(cluster: Cluster, tmp_path: 
     assert (tmp_path / "died").exists() and trained(tmp_path)["dies0"] == [0, 10, 20, 40]
 
 
+def test_the_runner_up_takes_the_place_of_the_only_survivor(cluster: Cluster, tmp_path: Path) -> None:
+    other = next(f"c{n}" for n in range(40) if loss(f"c{n}", 0) > loss("bad0", 0))
+    notes = Notes()
+    run_search(cluster, request(tmp_path, [["bad0", other]]), notes)
+    assert {name: fate.state for name, (fate, _) in notes.ends.items()} == {
+        "bad0": "failed",
+        other: "completed",
+    }
+    assert trained(tmp_path) == {"bad0": [0, 10], other: [0, 10, 20, 40]}
+
+
 def _stop_once_begun(folder: Path, names: Sequence[str], stop: StopSignal) -> None:
     """When two of the trials have begun."""
     deadline = time.monotonic() + 60

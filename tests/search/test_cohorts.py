@@ -110,6 +110,45 @@ def test_ties_are_run_to_the_end_and_nothing_else_is() -> None:
     assert {n for n, f in found.fates.items() if f.state == "completed"} == {*completed, *expected}
 
 
+@pytest.mark.parametrize(("keep", "failures"), [(1, 1), (1, 3), (2, 2), (3, 11)])
+@pytest.mark.parametrize("ties", [None, tied])
+def test_who_fails_after_it_went_on_is_replaced(keep: int, failures: int, ties: object) -> None:
+    """As many are completed as are kept, if there are any; whatever the timing, and however often killed."""
+    rule = Halving(rungs=RUNGS, reduction=4, keep=keep)
+    settings = {"size": 12, "rule": rule, "ties": ties}
+    plain = Desk(**settings).play(random.Random(0), at_once=2)
+    assert plain is not None
+    at_first = in_order({name: loss(name, 10) for name in plain.fates})
+    failing = at_first[:failures]
+    found = Desk(failing, **settings).play(random.Random(0), at_once=1)
+    assert found is not None
+    completed = {name for name, fate in found.fates.items() if fate.state == "completed"}
+    assert {name for name, fate in found.fates.items() if fate.state == "failed"} <= set(failing)
+    assert len(completed) >= min(keep, 12 - failures) and not completed & set(failing)
+    if ties is None and failures == keep == 1:
+        went_on = at_first[: rule.going_on(12)]
+        assert completed == {min(went_on[1:], key=lambda name: loss(name, 20))}
+    for seed in range(6):
+        desk, lot = Desk(failing, **settings), random.Random(seed)
+        for _ in range(3):
+            desk.play(lot, at_once=lot.randint(1, 6), steps=lot.randint(0, 8))
+        other = desk.play(lot, at_once=lot.randint(1, 6))
+        assert other is not None and outcome(other) == outcome(found)
+
+
+def test_a_replacement_that_has_lost_its_state_begins_anew() -> None:
+    """It reports what it reported before, which stays as it was."""
+    desk = Desk(trials=2, size=2, rule=Halving(rungs=(10, 20), reduction=2))
+    cohorts = desk.cohorts(lambda cohort, told, count: ["c01", "c02"] if not cohort else [])
+    cohorts.report("c01", 10, 1.0)
+    assert cohorts.report("c02", 10, 2.0).state == "stopped"
+    cohorts.fail("c01")
+    assert cohorts.next(()) == "c02" and cohorts.next(("c02",)) is None
+    assert cohorts.report("c02", 10, 2.5).state == "running"
+    assert cohorts.report("c02", 20, 1.9).state == "completed" and cohorts.next(()) is FINISHED
+    assert cohorts.told()[1].rungs == ((10, 2.0), (20, 1.9))
+
+
 def test_told_says_what_the_sampler_needs() -> None:
     desk = Desk(("c05",), trials=4, rule=Halving(rungs=RUNGS, reduction=2))
     cohorts = desk.cohorts(lambda cohort, told, count: ["c01", "c02", "c05", "c09"] if not cohort else [])
