@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from minitron_ray.core.events import Event
 from minitron_ray.plan import Plan
 from minitron_ray.results.store import Store
 from minitron_ray.search.baselines import BASELINES, Baseline, affordable, best_of, drawn, largest
@@ -49,12 +48,6 @@ def run(
     forget_other_winners(plan, bench, winner)
     entrants = list(_entrants(context, plan, bench, winner))
     missing, copies = _to_do(entrants, bench.store)
-
-    def at_rung(event: Event) -> None:
-        if event.kind == "trial_progress" and context.current == "baselines":
-            context.see_disk(bench.states)  # a worker tells of a rung when its state is written
-
-    context.events.add(at_rung)
     if missing:
         _train(context, missing, bench)
     for entrant in copies:
@@ -74,8 +67,12 @@ def forget_other_winners(plan: Plan, bench: Bench, winner: str) -> None:
 
 def _train(context: Context, entrants: list[Entrant], bench: Bench) -> None:
     """Each by a worker, or a group as a search trial has."""
-    spread = context.cluster.map if bench.group is None else context.cluster.map_groups
-    spread(train_entrant, entrants, bench, len(entrants) * bench.tokens, heeds_stop=True)
+    cluster = context.cluster
+    spread, at_once = cluster.map, cluster.mappers()
+    if bench.group is not None:
+        spread, at_once = cluster.map_groups, cluster.concurrent_trials()
+    states = spread(train_entrant, entrants, bench, len(entrants) * bench.tokens, heeds_stop=True)
+    context.disk = sum(sorted(states)[-at_once:])  # so many are there at a time
     context.check_stop()
 
 

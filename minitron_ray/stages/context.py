@@ -39,7 +39,7 @@ class Context:
     tokens: int | None = None
     """That it has put through a network in this attempt, where it says so."""
     disk: int | None = None
-    """Most bytes that `see_disk` has found in this attempt."""
+    """Most bytes that this attempt took of the disk at a time, of what the report tells."""
 
     def check_stop(self) -> None:
         """Raises Interrupted if the user asked to stop."""

@@ -18,6 +18,7 @@ from minitron_ray.execution.train_group import Worker, run_group_in_trial
 from minitron_ray.importance.controls import control_scores
 from minitron_ray.importance.scores import Scores
 from minitron_ray.plan import tokens_seen
+from minitron_ray.results.files import folder_size
 from minitron_ray.results.schemas import TABLES
 from minitron_ray.results.store import Store
 from minitron_ray.search.baselines import Baseline
@@ -172,9 +173,9 @@ class Bench:
             self.write(entrant, kept | {"origin": entrant.origin, "cohort": None, "copied": True})
 
 
-def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Any) -> None:
+def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Any) -> int:
     """In a worker: train one student and write its rows, from the state of an attempt that was ended. One that
-    cannot be trained ends as failed.
+    cannot be trained ends as failed. The bytes that its state took, which is as large at every rung.
 
     On a stop, by `report`, it keeps its state. Raises EnvironmentFailure where the machine can't go on with it,
     which says nothing of the student: its state stays, too.
@@ -186,13 +187,14 @@ def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Any) -> No
     try:
         with told_of_memory(bench.setting, entrant.text):
             if not _to_its_end(entrant, bench, total, report):
-                return
+                return folder_size(bench.folder(entrant))
     except Exception as error:  # the other students, and the run, go on without it
         if of_the_machine(error):
             raise left_off(entrant.text, first_line(error)) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         last = bench.last(entrant) or entrant.trial_row(0, "failed")
         bench.write(entrant, last | {"status": "failed", "final": True, "reason": reason})
+    size = folder_size(bench.folder(entrant))
     shutil.rmtree(bench.folder(entrant), ignore_errors=True)
     row = bench.last(entrant)
     assert row is not None
@@ -205,6 +207,7 @@ def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Any) -> No
         reason=reason,
         shape=entrant.text,
     )
+    return size
 
 
 def _to_its_end(entrant: Entrant, bench: Bench, total: int, report: Any) -> bool:

@@ -27,6 +27,7 @@ from minitron_ray.experiment import Experiment
 from minitron_ray.importance.controls import control_scores
 from minitron_ray.plan import make_plan
 from minitron_ray.results.cache import Cache
+from minitron_ray.results.files import folder_size
 from minitron_ray.results.store import Store
 from minitron_ray.search.baselines import Baseline
 from minitron_ray.stages.baselines import endings, forget_other_winners, write_cut
@@ -273,7 +274,8 @@ def test_what_the_machine_or_the_user_ends_has_not_failed(
     rows, _ = trained(whole, "scratch", entrant.shape)
     said = pytest.raises(EnvironmentFailure, match=f"^{re.escape(entrant.text)}.*run the same command again")
     with nullcontext() if again_from == 640 else said:
-        train_entrant(entrant, bench_, 1024, told)
+        left = train_entrant(entrant, bench_, 1024, told)
+        assert left == folder_size(bench_.folder(entrant)) >= 12 * entrant.shape.parameters
     assert not endings(bench_.store) and bench_.folder(entrant).exists()
     assert "trial_finished" not in {kind for kind, _ in told}
     again, heard = trained(bench_, "scratch", entrant.shape)
