@@ -21,11 +21,7 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.constants import (
-    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
-    ENV_VARS_TO_PROPAGATE,
-    HEALTH_CHECK_INTERVAL_S_ENV_VAR,
-)
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import RayTrainError
 from torch.distributed import DistError
 
@@ -42,13 +38,6 @@ _GROW_AFTER_S = 5.0
 """For so long there must be room for more workers before a group is asked to begin again with them."""
 _LOOK_S = 1.0
 _ADDRESS: Final = "RAY_ADDRESS"
-_DEFAULTS: Final = {
-    HEALTH_CHECK_INTERVAL_S_ENV_VAR: "0.5",
-    ENABLE_PREEMPTION_WATCHER_ENV_VAR: "0",
-}
-"""Of Ray Train's settings, unless the user's environment has them: how often it looks whether the workers have
-ended, by default every two seconds; and no process that warns workers of a node that will be taken away, as none
-listens to it: they hear the SIGTERM."""
 _LOSSES: Final = (ray.exceptions.RayError, ray.train.TrainingFailedError, RayTrainError)
 """What Ray says of a lost worker, node or controller, or of a group that could not be placed."""
 _RETRIED: Final = (*_LOSSES, RuntimeError, OSError)
@@ -271,16 +260,15 @@ class _Fit:
 
     def _fit(self) -> None:
         try:
-            with _environment():
+            with _cluster_in_environment():
                 self._value = self._trainer.fit().return_value
         except BaseException as error:  # handed to the main thread above
             self._error = error
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
-    """Ray Train's settings, for this process and for the group's controller; RAY_ADDRESS names the cluster of this
-    process in both.
+def _cluster_in_environment() -> Iterator[None]:
+    """RAY_ADDRESS names the cluster of this process, here and in the group's controller.
 
     Ray Train's clean-up asks a cluster whether the controller lives, and finds that cluster as a command line
     does: where nothing names it, through what `ray start` last left on the machine. Of one long gone there is
@@ -288,18 +276,15 @@ def _environment() -> Iterator[None]:
     place is taken away while it works.
     """
     ENV_VARS_TO_PROPAGATE.add(_ADDRESS)
-    settings = {name: value for name, value in _DEFAULTS.items() if name not in os.environ}
-    settings[_ADDRESS] = ray.get_runtime_context().gcs_address
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+    before = os.environ.get(_ADDRESS)
+    os.environ[_ADDRESS] = ray.get_runtime_context().gcs_address
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        if before is None:
+            del os.environ[_ADDRESS]
+        else:
+            os.environ[_ADDRESS] = before
 
 
 class _Trainer(TorchTrainer):

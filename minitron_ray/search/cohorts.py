@@ -16,6 +16,9 @@ from minitron_ray.search.propose import Told
 FINISHED: Final = object()
 """Said by `next` when no trial is left to run."""
 
+_IN_VAIN: Final = 2
+"""For each student that is kept, so many of those that replace failed trials may fail as well."""
+
 Propose = Callable[[int, Sequence[Told], int], list[str]]
 """`propose(cohort, told, count)`: new candidates for a cohort, fewer than `count` where no more are left."""
 Ties = Callable[[str, Mapping[str, int]], Sequence[str]]
@@ -123,7 +126,7 @@ class Cohorts:
             else:
                 self._exhausted = True
             self._decide()
-        while self._over and (names := self._replacements() or self._ties_once()):
+        while self._over and (names := self._replacements() or self._ties_once() or self._ended_before()):
             self._again += names
             self._decide()
 
@@ -139,14 +142,21 @@ class Cohorts:
         """The trials in this state, and at how many tokens."""
         return {name: fate.tokens for name, fate in self._fates.items() if fate.state == state}
 
+    def _ended_before(self) -> list[str]:
+        """The stopped that an earlier attempt ran to the end, in the place of others, which have not failed now."""
+        last = self._rule.rungs[-1]
+        return [name for name in self._in_state("stopped") if last in self._known[name].losses]
+
     def _replacements(self) -> list[str]:
         """For those that failed after they had been let go on: the stopped that came furthest, the best first."""
+        in_vain = sum(self._fates[name].state == "failed" for name in self._again)
         stopped, missing = self._in_state("stopped"), self._rule.keep - len(self._in_state("completed"))
+        count = max(0, min(missing, _IN_VAIN * self._rule.keep - in_vain))
         order: list[str] = []
         for rung in sorted(set(stopped.values()), reverse=True):
             losses = {name: self._known[name].losses[rung] for name, at in stopped.items() if at == rung}
             order += in_order(losses, self._costs() if self._costed else None)
-        return order[: max(0, missing)]
+        return order[:count]
 
     def _ties_once(self) -> list[str]:
         completed, stopped = self._in_state("completed"), self._in_state("stopped")

@@ -71,8 +71,11 @@ def _train(context: Context, entrants: list[Entrant], bench: Bench) -> None:
     spread, at_once = cluster.map, cluster.mappers()
     if bench.group is not None:
         spread, at_once = cluster.map_groups, cluster.concurrent_trials()
-    states = spread(train_entrant, entrants, bench, len(entrants) * bench.tokens, heeds_stop=True)
-    context.disk = sum(sorted(states)[-at_once:])  # so many are there at a time
+    try:
+        states = spread(train_entrant, entrants, bench, len(entrants) * bench.tokens, heeds_stop=True)
+    finally:
+        context.see_disk(bench.states)  # what a stop leaves
+    context.disk = sum(sorted(states)[-at_once:])  # so many are there at a time, at most
     context.check_stop()
 
 

@@ -115,7 +115,8 @@ def known_trials(store: Store, cost: Callable[[str, Mapping[str, Any]], float | 
         trial = known.setdefault(row["candidate_id"], Known(cohort=row["cohort"]))
         if row["val_loss"] is not None:
             trial.losses[row["tokens"]] = row["val_loss"]
-            trial.cost = cost(row["candidate_id"], row)
+            if trial.cost is None:  # as in the search: a latency that is measured again counts for nothing
+                trial.cost = cost(row["candidate_id"], row)
         trial.failed |= row["status"] == "failed"
     return known
 

@@ -71,6 +71,8 @@ class Record:
         if not rows:
             rows.append({**self._row(candidate_id, 0), "tokens": 0})
         last = rows[-1]
+        if fate.state == "stopped" and last["tokens"] > fate.tokens:
+            return  # trained on by an earlier attempt, in the place of a trial that is tried again now
         told = {"final": True, "status": fate.state, "reason": reason or last.get("reason")}
         if last | told != last:
             last |= told

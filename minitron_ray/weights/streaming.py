@@ -2,7 +2,7 @@
 
 The system reads ahead of a pass and collects its writes, so that it goes at the speed of the disk. What
 is left to do here is to say early what is done with: written blocks are sent to the disk at once, not when
-memory is full of them, and the pages of everybody else stay where they are. Reading and writing past the
+memory is full of them, and the pages of other files stay where they are. Reading and writing past the
 cache (`O_DIRECT`) waits for the disk at every call, and took about twice as long (`results/LOG.md`).
 """
 
@@ -38,6 +38,7 @@ class StreamedFile:
         self.close()
 
     def close(self) -> None:
+        _drop(self._file, 0, 0)  # of the whole file: what was read ahead, and pages at the ends of parts
         os.close(self._file)
 
     def read(self, parts: Iterable[tuple[int, int]], memory: Callable[[int], mmap.mmap]) -> mmap.mmap:
@@ -108,7 +109,8 @@ class StreamedOutput:
 
 
 def _drop(file: int, first: int, last: int) -> None:
-    """Takes pages out of the cache, but for dirty ones, which it begins to write."""
+    """Takes whole pages out of the cache, but for dirty ones, which it begins to write; up to the end of the file
+    where `last` is 0."""
     _advise(file, first, last - first, "POSIX_FADV_DONTNEED")
 
 

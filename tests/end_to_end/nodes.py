@@ -84,6 +84,7 @@ class Nodes:
             said = f"{log.read_text()}\n{found.stderr}"
             assert all(node.poll() is None for node in self._nodes), f"a node ended\n{said}"
             assert time.monotonic() < deadline, f"node {len(self._nodes)} did not join\n{said}"
+        assert node.poll() is None, f"another process has taken its port\n{log.read_text()}"
 
 
 def _end(node: subprocess.Popen[bytes]) -> None:

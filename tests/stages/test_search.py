@@ -127,7 +127,9 @@ def test_a_failed_trial_that_is_opened_again_ends_as_if_it_had_not_failed(store:
 
 
 def test_a_measured_cost_is_read_back(store: Store) -> None:
-    write(store, "a", [(0, 9.0), (10, 3.0)], "completed", latency=0.25)
+    """The first, as it decides while the search runs: each time a trial comes up again another is measured."""
+    write(store, "a", [(0, 9.0), (10, 3.0)], "completed", latency=0.5)
+    write(store, "a", [(0, 9.0)], "running", latency=0.25)
     assert known_trials(store, lambda name, row: row["latency"])["a"].cost == 0.25
 
 
