@@ -26,7 +26,7 @@ from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.experiment import Experiment
 from minitron_ray.results.run import Run
 from tests.end_to_end.desk import Desk
-from tests.end_to_end.nodes import Nodes, free_port, listening
+from tests.end_to_end.nodes import Nodes, listening
 
 
 @pytest.fixture
@@ -179,20 +179,13 @@ def test_a_run_that_is_named_like_a_job_is_the_run(tmp_path: Path, monkeypatch: 
 @pytest.fixture
 def head() -> Iterator[str]:
     """The job server of a head with two CPUs, on loopback, that asks for the tests' token."""
-    port, server, agent, grpc = (free_port() + offset for offset in (0, 200, 400, 600))
     with Nodes() as nodes:
-        nodes.head(
-            port,
-            f"--dashboard-port={server}",
-            f"--dashboard-agent-listen-port={agent}",
-            f"--dashboard-agent-grpc-port={grpc}",
-            cpus=2,
-        )
+        nodes.head(cpus=2)
         deadline = time.monotonic() + 60
-        while not listening(server):
+        while not listening(int(nodes.dashboard.rpartition(":")[2])):
             assert time.monotonic() < deadline, "the job server did not start"
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{server}"
+        yield f"http://{nodes.dashboard}"
 
 
 @pytest.mark.ray

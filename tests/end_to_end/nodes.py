@@ -23,9 +23,10 @@ sys.exit(sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]))
 PATIENCE_S = 240.0
 
 
-def free_port(first: int = 7000) -> int:
-    """Below 10002, where Ray's worker ports begin."""
-    return next(port for port in range(first, 10000) if not listening(port))
+def free_ports(count: int) -> list[int]:
+    """Below 10002, where Ray's worker ports begin, and seldom another process's that looks at the same time."""
+    first = 7000 + 10 * (os.getpid() % 250)
+    return [port for port in range(first, 10000) if not listening(port)][:count]
 
 
 def listening(port: int) -> bool:
@@ -38,7 +39,7 @@ class Nodes:
     machine a node, or a driver, gives up on a head that only listens. All end with the block."""
 
     def __init__(self) -> None:
-        self.address = ""
+        self.address = self.dashboard = ""
         # Short, since Ray puts sockets below it, whose names may have 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -51,13 +52,20 @@ class Nodes:
             _end(node)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def head(self, port: int, *options: str, cpus: int = 1) -> None:
-        self.address = f"127.0.0.1:{port}"
+    def head(self, *options: str, cpus: int = 1) -> None:
+        # All named: of Ray's own choice the dashboard's is any other Ray's on this machine, and a head waits a
+        # minute for a dashboard that finds its port taken, after which it ends as a whole.
+        port, dashboard, client, agent, grpc = free_ports(5)
+        self.address, self.dashboard = f"127.0.0.1:{port}", f"127.0.0.1:{dashboard}"
         self._start(
             "--head",
             f"--port={port}",
             f"--num-cpus={cpus}",
             "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            f"--ray-client-server-port={client}",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--dashboard-agent-grpc-port={grpc}",
             f"--temp-dir={self._folder}",
             "--disable-usage-stats",
             *options,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.end_to_end.desk import Desk
-from tests.end_to_end.nodes import Nodes, free_port
+from tests.end_to_end.nodes import Nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def address() -> Iterator[str]:
     """Two nodes of one CPU each."""
     with Nodes() as nodes:
-        nodes.head(free_port())
+        nodes.head()
         nodes.join()
         yield nodes.address
 

@@ -22,7 +22,7 @@ from minitron_ray.execution.train_group import Worker, run_group
 from minitron_ray.execution.tune_search import SearchRequest, run_search
 from minitron_ray.search.cohorts import Cohorts
 from minitron_ray.search.halving import Fate, Halving
-from tests.end_to_end.nodes import Nodes, free_port
+from tests.end_to_end.nodes import Nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -38,8 +38,7 @@ def address() -> Iterator[str]:
     os.environ["CUDA_VISIBLE_DEVICES"] = NODE
     with Nodes() as nodes:
         try:
-            # Seldom another process's that starts a node at the same time.
-            nodes.head(free_port(7200 + os.getpid() % 800), "--num-gpus=2", cpus=2)
+            nodes.head("--num-gpus=2", cpus=2)
         finally:
             del os.environ["CUDA_VISIBLE_DEVICES"]
             if override is not None:
