@@ -53,9 +53,9 @@ def read_scores(context: Context) -> Scores:
 
 def _scorer(context: Context, setting: Setting) -> Scorer:
     cluster = context.cluster
-    workers = (
-        cluster.mappers() if cluster.settled else worthwhile(_operations(context, setting), cluster.mappers())
-    )
+    workers = cluster.mappers()
+    if not cluster.settled:
+        workers = worthwhile(_operations(context, setting), workers)
     work = Work(
         setting=setting,
         mode=cluster.settings.importance,

@@ -96,10 +96,8 @@ class StreamedOutput:
                 done += os.write(self._file, rest[done:])
         self._written += done
         if self._written - self._sent >= _BLOCK:
-            _drop(
-                self._file, self._sent, self._written
-            )  # dirty pages stay: they are on their way to the disk now
-            _drop(self._file, max(0, self._sent - _ON_THE_WAY), self._sent)
+            # Begins to write the new pages, and drops those that have arrived.
+            _drop(self._file, max(0, self._sent - _ON_THE_WAY), self._written)
             self._sent = self._written
 
     def finish(self) -> None:
