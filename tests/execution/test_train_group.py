@@ -60,14 +60,15 @@ def test_lost_and_terminated_workers_cost_at_most_what_was_not_saved(tmp_path: P
     assert len(notes) == 2 and "workers were lost" in notes[0] and "left at step 2" in notes[1]
 
 
-def test_what_every_worker_raises_is_not_tried_again(tmp_path: Path) -> None:
+def test_what_every_worker_raises_ends_the_group(tmp_path: Path) -> None:
+    """At once where Ray heard of it from all of them; where it heard of one first, after the second time."""
     job = Counting(folder=tmp_path, steps=5, fails=True)
     with (
         cluster(tmp_path, [], workers=2) as own,
         pytest.raises(RuntimeError, match="sizes 3 and 4 do not match"),
     ):
         run_group(own, count, job, job.saved)
-    assert [line["step"] for line in job.log()] == [1]
+    assert [line["step"] for line in job.log()] in ([1], [1, 1])
 
 
 def test_no_room_for_the_least_number_is_said_at_once(tmp_path: Path) -> None:
