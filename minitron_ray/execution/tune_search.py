@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -22,7 +23,6 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.execution.cluster import HEAD, Cluster, GroupSize, root_cause
 from minitron_ray.execution.failures import first_line, left_off, of_the_machine
 from minitron_ray.execution.stop import StopSignal
@@ -66,7 +66,8 @@ def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) ->
     """Runs trials until all have ended, or the user asks to stop.
 
     Raises EnvironmentFailure when a trial can't go on for a reason that is the machine's and not its own: it
-    has not failed then, and no other is begun; those in work stop as the user's wish makes them.
+    has not failed then, and no other is begun; those in work stop as the user's wish makes them. Likewise
+    what the record or the proposer raised.
     """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     progress = _Progress(request, record)
@@ -104,12 +105,12 @@ def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) ->
     watcher = _StopWatcher(cluster, progress)
     try:
         tuner.fit()
-    except ray.exceptions.RayError as error:
-        raise EnvironmentFailure(
-            f"the search was lost: {str(error).splitlines()[0]}; run the same command again"
-        ) from error
+    except (ray.exceptions.RayError, OSError) as error:
+        raise progress.error or left_off("the search was lost", first_line(error)) from error
     finally:
         watcher.close()
+    if progress.error is not None:
+        raise progress.error
     if progress.broken is not None and not cluster.stop.requested:
         candidate_id, reason = progress.broken
         raise left_off(request.shape(candidate_id), reason)
@@ -126,7 +127,7 @@ class _StopWatcher:
 
     def _watch(self) -> None:
         while not self._closing.wait(0.2):
-            if self._cluster.stop.requested or self._progress.broken is not None:
+            if self._cluster.stop.requested or self._progress.ends:
                 self._cluster.hub.request_stop()
                 return
 
@@ -158,9 +159,30 @@ class _Progress:
         self._reasons: dict[str, str] = {}
         self.broken: tuple[str, str] | None = None
         """The first candidate whose trial can't go on on this machine, and why; it stays a running one."""
+        self.error: Exception | None = None
+        """What was raised first of what Tune calls: Tune itself would make a text of it, with a traceback."""
 
-    def decide(self, candidate_id: str, result: dict[str, Any]) -> Fate:
-        """From a result, before it is recorded."""
+    @property
+    def ends(self) -> bool:
+        """Whether the search is to end as it is."""
+        return self.broken is not None or self.error is not None
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keeps what its block raises, by which the search ends."""
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
+
+    def halts(self, candidate_id: str, result: dict[str, Any]) -> bool:
+        """Whether a trial ends with this result, which is not recorded yet."""
+        with self.guarded():
+            fate = self._decide(candidate_id, result)
+            return fate.state in ("waiting", "stopped") and result.get("tokens", 0) >= fate.tokens
+        return True
+
+    def _decide(self, candidate_id: str, result: dict[str, Any]) -> Fate:
         if "failed" in result:
             self.fail(candidate_id, result["failed"])
         if "broken" in result:
@@ -201,8 +223,8 @@ class _NotPickled:
 
 
 class CohortSearcher(_NotPickled, Searcher):
-    """Hands out `{"candidate_id": ...}` as the cohorts say; ends with them, on the user's wish to stop, or when
-    the machine breaks a trial off."""
+    """Hands out `{"candidate_id": ...}` as the cohorts say; ends with them, on the user's wish to stop, when the
+    machine breaks a trial off, or when something can't be written."""
 
     def __init__(self, progress: _Progress, stop: StopSignal) -> None:
         super().__init__()
@@ -214,11 +236,12 @@ class CohortSearcher(_NotPickled, Searcher):
         return self._progress.cohorts.next(()) is FINISHED
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self._stop.requested or self._progress.broken is not None:
-            return str(self.FINISHED)
-        found = self._progress.cohorts.next(tuple(self._live.values()))
-        self._progress.settle()
-        if found is FINISHED:
+        found: str | object | None = FINISHED
+        if not self._stop.requested and not self._progress.ends:
+            with self._progress.guarded():
+                found = self._progress.cohorts.next(tuple(self._live.values()))
+                self._progress.settle()
+        if found is FINISHED or self._progress.ends:
             return str(self.FINISHED)
         if not isinstance(found, str):
             return None
@@ -244,8 +267,7 @@ class RungScheduler(_NotPickled, FIFOScheduler):
         self._progress = progress
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        fate = self._progress.decide(trial.config["candidate_id"], result)
-        halts = fate.state in ("waiting", "stopped") and result.get("tokens", 0) >= fate.tokens
+        halts = self._progress.halts(trial.config["candidate_id"], result)
         return str(self.STOP if halts else self.CONTINUE)
 
 
@@ -258,7 +280,8 @@ class _Listener(_NotPickled, tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._progress.recorded(trial.config["candidate_id"], result)
+        with self._progress.guarded():
+            self._progress.recorded(trial.config["candidate_id"], result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         candidate_id, error = trial.config["candidate_id"], trial.get_pickled_error() or trial.get_error()
@@ -269,4 +292,5 @@ class _Listener(_NotPickled, tune.Callback):
         else:
             told = str(cause).strip().splitlines()
             self._progress.fail(candidate_id, told[-1] if told else type(cause).__name__)
-        self._progress.settle()
+        with self._progress.guarded():
+            self._progress.settle()

@@ -35,6 +35,8 @@ def write_study(
     One trial for each of `told`, in that order: completed with its values, stopped (PRUNED) with its
     rungs by tokens, or failed where it has neither. User attributes are `candidate_id`,
     `zero_shot_loss` where measured, and what `attributes` has for the candidate (JSON values).
+
+    Raises OSError where it can't be written; what was there before stays then.
     """
     import optuna
     from optuna.storages import JournalStorage

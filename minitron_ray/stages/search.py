@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from minitron_ray.core.errors import ConfigError
 from minitron_ray.execution.tune_search import SearchRequest, run_search
 from minitron_ray.plan import Plan
 from minitron_ray.plan.tokens import halving_rule, trials_a_cohort
+from minitron_ray.results.files import cannot_write
 from minitron_ray.results.store import Store
 from minitron_ray.search.choice import intervals
 from minitron_ray.search.cohorts import FINISHED, Cohorts, Known
@@ -30,6 +32,9 @@ from minitron_ray.stages.trial import Objective
 from minitron_ray.stages.trial_record import Record
 from minitron_ray.stages.zero_shot import read_zero_shot
 
+_SHOW_S: Final = 10.0
+"""Between two writes of the study while trials run: one of many trials takes a while."""
+
 
 def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> tuple[dict[str, Any], str]:
     """Writes `trials`, `sequence_losses` and `study.journal`; returns the chosen candidates, best first.
@@ -41,11 +46,6 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
     checkpoints = (context.run.folder / "trials").resolve()
     sampler = sampler_for(search.sampler, len(plan.feasible), search.trials)
     cost, group = Cost(plan), context.cluster.trial_group()
-    if group is not None and cost.name == "latency":
-        raise ConfigError(
-            f"search.sampler.against: latency is timed on one device, and the cluster file has {group.workers} "
-            f"trial_workers; choose flops or parameters"
-        )
     objective = Objective(
         setting=setting,
         scores=read_scores(context),
@@ -57,7 +57,14 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
     )
     proposer = _Proposer(context, plan, sampler)
     cohorts = _cohorts(plan, store, proposer, cost)
-    record = Record(context, plan, cohorts, checkpoints, keep_stopped=search.keep == "ties")
+    record = Record(
+        context,
+        plan,
+        cohorts,
+        checkpoints,
+        keep_stopped=search.keep == "ties",
+        show=lambda: proposer.show_study(cohorts.told()),
+    )
     request = SearchRequest(
         objective=objective,
         cohorts=cohorts,
@@ -66,8 +73,8 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
         shape=lambda candidate_id: plan.candidate(candidate_id).shape_text(),
     )
     run_search(context.cluster, request, record)
-    context.check_stop()
     proposer.write_study(cohorts.told())
+    context.check_stop()
     shutil.rmtree(checkpoints, ignore_errors=True)
     return choose(plan, store, cost)
 
@@ -133,15 +140,26 @@ class _Proposer:
         self._zero_shot = read_zero_shot(context.run.store)
         self._journal = context.run.folder / "study.journal"
         self._shapes = {row.candidate.id: row.candidate.shape_text() for row in plan.feasible}
+        self._shown = -math.inf
 
     def __call__(self, cohort: int, told: Sequence[Told], count: int) -> list[str]:
         if told:
             self.write_study(told)
         return propose(self._proposals, self.sampler, self._seed, cohort, told, self._zero_shot, count)
 
+    def show_study(self, told: Sequence[Told]) -> None:
+        """Writes the study for those who look on, not more often than anyone would notice."""
+        if time.monotonic() - self._shown >= _SHOW_S:
+            self.write_study(told)
+
     def write_study(self, told: Sequence[Told]) -> None:
+        """Raises EnvironmentFailure where it can't be written."""
+        self._shown = time.monotonic()
         shapes = {trial.candidate_id: {"shape": self._shapes[trial.candidate_id]} for trial in told}
-        write_study(self._journal, self._proposals, self._asked, told, self._zero_shot, shapes)
+        try:
+            write_study(self._journal, self._proposals, self._asked, told, self._zero_shot, shapes)
+        except OSError as error:
+            raise cannot_write(self._journal, error) from error
 
 
 class Ties:

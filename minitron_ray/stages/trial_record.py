@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,12 +26,18 @@ class Record:
     """
 
     def __init__(
-        self, context: Context, plan: Plan, cohorts: Cohorts, checkpoints: Path, keep_stopped: bool
+        self,
+        context: Context,
+        plan: Plan,
+        cohorts: Cohorts,
+        checkpoints: Path,
+        keep_stopped: bool,
+        show: Callable[[], None] = lambda: None,
     ) -> None:
         """`checkpoints` has a folder a candidate, removed when its trial ends; with `keep_stopped`, not
-        that of one that halving stopped."""
+        that of one that halving stopped. `show` is called whenever a trial has ended."""
         self._context, self._plan, self._cohorts = context, plan, cohorts
-        self._checkpoints, self._keep_stopped = checkpoints, keep_stopped
+        self._checkpoints, self._keep_stopped, self._show = checkpoints, keep_stopped, show
         self._shapes = {row.candidate.id: row.row() for row in plan.feasible}
         self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in search_rows(context.run.store):
@@ -90,6 +97,7 @@ class Record:
         )
         done = sum(fate.ended for fate in self._cohorts.fates.values())
         self._context.progress(done, self._plan.trials, "trials")
+        self._show()
 
     def _row(self, candidate_id: str, rung: int) -> dict[str, Any]:
         shape = {

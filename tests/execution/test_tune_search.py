@@ -207,6 +207,33 @@ def test_the_runner_up_takes_the_place_of_the_only_survivor(cluster: Cluster, tm
     assert trained(tmp_path) == {"bad0": [0, 10], other: [0, 10, 20, 40]}
 
 
+def test_what_cannot_be_recorded_ends_the_search_as_it_is(cluster: Cluster, tmp_path: Path) -> None:
+    """In the words of who could not write it, and not as a traceback of Ray Tune's; and so does what can't be
+    proposed. Among the last, as its trials are asked to stop."""
+
+    class Full(Notes):
+        def rung(self, candidate_id: str, result: dict[str, Any]) -> None:
+            if result["tokens"] == 20:
+                raise EnvironmentFailure("cannot write to trials: no space left on device; free this one")
+            super().rung(candidate_id, result)
+
+    def propose(cohort: int, told: Sequence[Told], count: int) -> list[str]:
+        if cohort:
+            raise EnvironmentFailure("cannot write to study.journal: no space left on device; free this one")
+        return ["c0", "c1"]
+
+    rows, study = tmp_path / "rows", tmp_path / "study"
+    rows.mkdir(), study.mkdir()
+    second = replace(request(study, []), cohorts=Cohorts(trials=4, size=2, rule=RULE, propose=propose))
+    with pytest.raises(EnvironmentFailure, match=r"^cannot write to study.journal: .*; free this one$"):
+        run_search(cluster, second, Notes())
+    assert len(trained(study)) == 2
+    notes = Full()
+    with pytest.raises(EnvironmentFailure, match=r"^cannot write to trials: .*; free this one$"):
+        run_search(cluster, request(rows, [["c0", "c1", "c2", "c3"]]), notes)
+    assert max(tokens for rungs in notes.rungs.values() for tokens in rungs) == 10
+
+
 def _stop_once_begun(folder: Path, names: Sequence[str], stop: StopSignal) -> None:
     """When two of the trials have begun."""
     deadline = time.monotonic() + 60
