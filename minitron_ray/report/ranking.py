@@ -48,7 +48,8 @@ class Entry:
     subject: str
     """`teacher`, or the candidate's id."""
     rank: int | None
-    """From 1 for students that the run has not dropped, None for the others and the teacher."""
+    """From 1 for students that the run has not dropped, None for the others, the teacher, and those that a search
+    has completed while others are still to come."""
     status: str
     """teacher, distilled, distilling, cut, completed, stopped, running or failed."""
     shape: str | None
@@ -75,8 +76,9 @@ class Entry:
 
     @property
     def tied(self) -> bool:
-        """With the best of its status, as far as the validation sequences can tell."""
-        ended = self.status in ("distilled", "completed")
+        """With the best of its status, one that halving stopped with the search's best where it was stopped, as
+        far as the validation sequences can tell."""
+        ended = self.status in ("distilled", "completed", "stopped")
         return ended and self.behind is not None and bool(self.behind["tied"])
 
     @property
@@ -146,7 +148,7 @@ def rank(run: RunInfo) -> Ranking:
         rehearsal=run.rehearsal,
         stages=run.stages,
         budget=_budget_text(budget, (resolved.get("data") or {}).get("sequence_length", 256)),
-        entries=(teacher, *(students if run.rehearsal else _numbered(students))),
+        entries=(teacher, *(students if run.rehearsal else _numbered(students, _searched(run)))),
         missing=tuple(_missing(run, found, resolved)),
         findings=findings,
         costs=costs,
@@ -286,10 +288,15 @@ def _place(entry: Entry) -> tuple[int, float, str]:
     return _ORDER.index(entry.status), math.inf if math.isnan(loss) else loss, entry.subject
 
 
-def _numbered(students: list[Entry]) -> Iterator[Entry]:
-    place = 0
+def _searched(run: RunInfo) -> bool:
+    """Whether no search is still to find better ones."""
+    return "search" not in run.stages or "search" in run.stages_done
+
+
+def _numbered(students: list[Entry], searched: bool) -> Iterator[Entry]:
+    ranked, place = ("distilled", "distilling", "cut", *(("completed",) if searched else ())), 0
     for entry in students:
-        if entry.status in ("distilled", "distilling", "cut", "completed"):
+        if entry.status in ranked:
             place += 1
             yield replace(entry, rank=place)
         else:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from minitron_ray.report.listing import summarise
 from minitron_ray.report.ranking import Entry, budget_distance, rank
+from minitron_ray.report.text import sentences
 from minitron_ray.results.files import finite
 from minitron_ray.results.run import Run
 from minitron_ray.results.runs import RunInfo, read_info
@@ -93,6 +95,10 @@ def test_a_run_in_the_middle_of_its_search(make_run: Any) -> None:
     ranking = rank(read_info(run.folder))
     assert ranking.missing[0] == "the search has not finished: 4 of at most 8 trials ended"
     assert [entry.status for entry in ranking.entries[-2:]] == ["running", "failed"]
+    # What is still tried may be better: nothing is ranked, and nothing called the best.
+    assert {entry.rank for entry in ranking.entries} == {None}
+    assert not any(line.startswith("best") for line in sentences(ranking))
+    assert summarise(read_info(run.folder)).best_loss is None
 
 
 def test_a_run_that_has_only_begun(results: Path) -> None:
