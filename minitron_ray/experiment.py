@@ -278,6 +278,13 @@ class Space(Section):
     expert_mlp: Choices | None = None
     """MLP size of each expert."""
 
+    @field_validator("layers", "hidden", "heads", "kv_heads", "experts", "expert_mlp")
+    @classmethod
+    def _sizes_but_for_the_mlp(cls, value: Choices | None) -> Choices | None:
+        if value is not None and value.ratios:
+            raise ValueError("a ratio to the hidden size is for mlp only; list sizes instead")
+        return value
+
     @model_validator(mode="after")
     def _something_to_search(self) -> Self:
         axes = type(self).model_fields
@@ -328,6 +335,8 @@ class Retrain(Distillation):
     """The short distillation every candidate gets before it is judged."""
 
     tokens: TokenCount = 16_384
+    batch: SequenceCount = 2
+    """Sequences an optimizer step: few, since a trial is short, and ranks want steps behind them."""
     rungs: Annotated[int, Field(ge=1, le=16)] = 3
     """How often a trial reports and may be stopped: at tokens, tokens/reduction, ..."""
 
@@ -383,6 +392,23 @@ class Search(Section):
     def fewest_kept(self) -> int:
         """How many are distilled at the least: how many tie shows after the search."""
         return 1 if self.keep == "ties" else self.keep
+
+    @field_validator("keep")
+    @classmethod
+    def _fewer_than_are_tried(cls, value: int | str, info: ValidationInfo) -> int | str:
+        trials, halving = info.data.get("trials"), info.data.get("halving")
+        if not isinstance(value, int) or trials is None:
+            return value
+        if value > trials:
+            raise ValueError(
+                f"{value} students cannot be kept of {trials} trials; lower keep, or raise search.trials"
+            )
+        if halving is not None and halving.cohort is not None and halving.cohort <= value < trials:
+            raise ValueError(
+                f"{value} are kept of each cohort of {halving.cohort}, so none would be stopped; raise "
+                "search.halving.cohort above it, or set search.halving: null"
+            )
+        return value
 
     @field_validator("baselines")
     @classmethod

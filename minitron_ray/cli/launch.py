@@ -30,7 +30,7 @@ from minitron_ray.results.cache import Cache
 from minitron_ray.results.run import Run
 from minitron_ray.results.runs import REHEARSED, resolve_run
 from minitron_ray.stages.start import NO_RUNS
-from minitron_ray.weights.fetch import given_config
+from minitron_ray.weights.fetch import given_config, local_config
 
 _PACKAGES = ("minitron-ray", "torch", "transformers", "ray", "optuna", "pyarrow", "safetensors", "numpy")
 
@@ -66,15 +66,18 @@ def read_experiments(paths: Iterable[Path], overrides: tuple[str, ...]) -> list[
 
 
 def check_plan(loaded: Loaded) -> None:
-    """Plans for the models that the experiment describes, so that a budget out of reach is said before
-    anything is fetched. Raises ConfigError."""
-    experiment, base = loaded.experiment, loaded.base
-    config = given_config(experiment.teacher.config, base)
-    if experiment.start is None:
+    """Plans for the models that the experiment describes, or that lie in a local folder, so that a budget out of
+    reach is said before anything is fetched or read through. Raises ConfigError."""
+    experiment, base, start_from = loaded.experiment, loaded.base, loaded.experiment.start
+    teacher = experiment.teacher
+    config = given_config(teacher.config, base) or local_config(teacher.path, base)
+    if start_from is None:
         if config is not None:
             make_plan(experiment, config)
         return
-    start = given_config(experiment.start.config, base, "start")
+    start = given_config(start_from.config, base, "start")
+    if start is None and start_from.path is not None:
+        start = local_config(start_from.path, base)
     if config is not None and start is not None:
         make_plan(experiment, config, StartConfig(config=start, source="start.config"))
 
@@ -143,6 +146,7 @@ def drive(
     from minitron_ray.pipeline import execute, plan_for
     from minitron_ray.report.live import open_view
     from minitron_ray.stages.context import Context
+    from minitron_ray.stages.objectives import check_objectives
     from minitron_ray.stages.prepare import prepare
 
     results = results.expanduser().resolve()
@@ -155,6 +159,7 @@ def drive(
             view = open_view(sys.stderr, quiet=quiet, as_events=as_events, stages=stages_of(experiment))
             events.add(stack.enter_context(view))
             stack.enter_context(stop.installed())
+            check_objectives(experiment, settings)
             if address := cluster_address(settings):
                 check_reachable(address)  # before anything is fetched
             with tokenizing(settings, results, events, stop) as spread:

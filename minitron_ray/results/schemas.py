@@ -125,7 +125,10 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
             **_SHAPE,
             cohort=(_INT, "cohort of the search, from 0: its trials were proposed together"),
             origin=(_TEXT, "search, or the baseline: random, largest_first, magnitude or scratch"),
-            latency=(_REAL, "seconds of a forward pass of one sequence; null where not searched for"),
+            latency=(
+                _REAL,
+                "seconds of a forward pass of one sequence to its last token's logits; null where not searched for",
+            ),
             copied=(_BOOL, "whether this is an equal student's row, which was trained under another origin"),
         ),
         "sequence_losses": _schema(

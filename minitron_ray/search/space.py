@@ -142,10 +142,6 @@ def _sizes(teacher: Architecture, space: SpaceLike) -> dict[str, Column]:
         choices: SizesLike | None = getattr(space, axis)
         if choices is None or axis == "mlp":
             continue
-        if choices.ratios:
-            raise ConfigError(
-                f"search.space.{axis}: a ratio to the hidden size is for mlp only; list sizes instead"
-            )
         fixed[axis] = choices.values
     combinations = np.array(list(itertools.product(*fixed.values())), dtype=np.int64)
     mlps: list[tuple[int, ...]]

@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minitron_ray.models.cost import forward_flops
+from minitron_ray.core.errors import ConfigError
+from minitron_ray.execution.settings import ClusterSettings
+from minitron_ray.experiment import Experiment
 from minitron_ray.plan import Plan
+
+
+def check_objectives(experiment: Experiment, settings: ClusterSettings) -> None:
+    """Before anything is computed. Raises ConfigError where a trial can't measure what the sampler is to make small."""
+    search, workers = experiment.search, settings.trial_workers
+    if search is not None and "latency" in search.sampler.objectives and workers > 1:
+        raise ConfigError(
+            f"search.sampler.against: latency is timed on one device, and the cluster file has {workers} "
+            f"trial_workers; choose flops or parameters"
+        )
 
 
 class Cost:
@@ -18,12 +30,10 @@ class Cost:
     def __init__(self, plan: Plan) -> None:
         objectives = plan.experiment.searched.sampler.objectives
         self.name: str | None = next((name for name in objectives if name != "val_loss"), None)
-        length = plan.experiment.data.sequence_length
-        self._of: dict[str, float] = {}
-        for row in plan.feasible:
-            arch = row.candidate.architecture(plan.start)
-            flops = self.name == "flops"
-            self._of[row.candidate.id] = forward_flops(plan.family, arch, length) if flops else row.parameters
+        flops = self.name == "flops"  # at the length that the budget counts them for
+        self._of: dict[str, float] = {
+            row.candidate.id: row.flops_per_token if flops else row.parameters for row in plan.feasible
+        }
 
     def __call__(self, candidate_id: str, result: Mapping[str, Any]) -> float | None:
         """None where the search has one objective, or the latency was not measured."""

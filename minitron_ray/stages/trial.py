@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 
 from minitron_ray.core.errors import EnvironmentFailure, MinitronError
 from minitron_ray.distillation.loop import MOST_SKIPPED, Recipe, Share, Step, make_optimizer, train
@@ -26,8 +28,8 @@ from minitron_ray.plan.tokens import rung_tokens as planned_rungs
 from minitron_ray.search.space import Candidate
 from minitron_ray.stages.setting import Setting
 from minitron_ray.stages.trial_state import FileState, TrialState
-from minitron_ray.weights.device import autocast, local_device, memory_shortage
-from minitron_ray.weights.headless import Headless, final_hidden
+from minitron_ray.weights.device import local_device, memory_shortage
+from minitron_ray.weights.headless import Headless
 
 _PASSES: Final = 9
 """Forward passes of which a latency is the median; the first of all is not counted."""
@@ -265,9 +267,11 @@ class Objective:
         self, candidate: Candidate, report_rung: Callable[[dict[str, Any]], None], reporter: Any
     ) -> None:
         setting, share = self.setting, self.setting.share()
+        measured = {}
+        if self.latency:  # before the student takes its memory
+            measured["latency"] = latency(setting.undistilled(candidate, self.scores, share), share, setting)
         student = setting.student(candidate, self.scores, share.device)
         setting.lift(student, setting.experiment.searched.retrain, candidate, self.scores)
-        measured = {"latency": latency(student, share, setting)} if self.latency else {}
         teacher: TeacherSignal = (
             setting.stored_teacher(self.signal, share) if self.signal else setting.online_teacher(share)
         )
@@ -345,16 +349,20 @@ def progress_fields(setting: Setting, candidate: Candidate, step: Step) -> dict[
     }
 
 
+def _last_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    return F.linear(hidden[:, -1], head)
+
+
 @torch.no_grad()
 def latency(student: Headless, share: Share, setting: Setting) -> float:
-    """Seconds of a forward pass of one sequence up to the final hidden states, the median of several."""
+    """Seconds of a forward pass of one sequence to the logits of its last token, as a prompt is served: the median
+    of several. `student` has the precision that it is served in."""
     tokens = setting.tokens().sequences(setting.training_indices(1, 1)[:1])
     ids = torch.from_numpy(tokens).to(share.device)
     found = []
     for _ in range(_PASSES + 1):
         started = time.perf_counter()
-        with autocast(share.device, share.dtype):
-            student(ids, final_hidden)
+        student(ids, _last_logits)
         if share.device.type == "cuda":
             torch.cuda.synchronize(share.device)
         found.append(time.perf_counter() - started)

@@ -98,6 +98,13 @@ def read_config_only(
     return given_config(config, base) if found is None else _read_config(found)
 
 
+def local_config(path: str, base: Path) -> dict[str, Any] | None:
+    """The `config.json` of a model that is a local folder; None of any other, or where there is none. Raises
+    ConfigError where that is no JSON object."""
+    file = base / Path(path).expanduser() / CONFIG
+    return _read_config(file) if path.startswith(LOCAL) and file.is_file() else None
+
+
 def given_config(
     config: dict[str, Any] | str | None, base: Path, section: str = "teacher"
 ) -> dict[str, Any] | None:

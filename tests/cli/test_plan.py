@@ -134,13 +134,14 @@ def test_json_has_the_same(plan: Any, eight_h100s: str) -> None:
 
 
 def test_a_halving_before_ranks_mean_anything_is_warned_of(plan: Any) -> None:
-    """8192 tokens in three rungs: the first after 2048, of 4 x 256 tokens a step."""
-    text = plan(SMOLLM).stdout
+    """12,288 tokens in three rungs: the first after 3072, of 4 x 256 tokens a step."""
+    larger = ("--set", "search.retrain.batch=4")
+    text = plan(SMOLLM, *larger).stdout
     [early] = [line for line in text.splitlines() if line.startswith("too early")]
-    assert "after 2 optimizer steps of 8" in early and "search.retrain.rungs" in early
-    assert "of which 2 go to the end, the first halving after 2 optimizer steps; " in text
-    [found] = json.loads(plan(SMOLLM, "--json").stdout)
-    assert found["first_halving_steps"] == 2 and len(found["warnings"]) == 1
+    assert "after 3 optimizer steps of 12" in early and "search.retrain.rungs" in early
+    assert "of which 2 go to the end, the first halving after 3 optimizer steps; " in text
+    [found] = json.loads(plan(SMOLLM, *larger, "--json").stdout)
+    assert found["first_halving_steps"] == 3 and len(found["warnings"]) == 1
     quickstart = plan(str(EXPERIMENTS / "quickstart.yaml")).stdout
     assert "the first halving after 5 optimizer steps; " in quickstart and "too early" not in quickstart
     assert "halving after" not in plan(PAPER[0]).stdout, "nothing is halved there"

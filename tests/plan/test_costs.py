@@ -146,7 +146,7 @@ def test_ties_may_add_what_halving_saves() -> None:
     assert search.tokens == stage(one, "search").tokens
     assert search.tokens + search.tie_tokens == stage(every, "search").tokens == 12 * 16384
     begins = (
-        "12 trials of 16.4K tokens, of which 3 go to the end, the first halving after 4 optimizer steps; "
+        "12 trials of 16.4K tokens, of which 3 go to the end, the first halving after 8 optimizer steps; "
     )
     assert search.what.startswith(begins)
     assert search.what.endswith(" of this is measuring them; up to 98.3K tokens more where trials tie")

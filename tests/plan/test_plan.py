@@ -65,8 +65,11 @@ def test_sequences_longer_than_the_context_are_refused() -> None:
 
 
 def test_more_students_than_trials_are_refused() -> None:
+    """Than are asked for, or than there are shapes."""
     with pytest.raises(ConfigError, match="99 students cannot be kept of 15 trials"):
-        make_plan(*paper("15b_to_8b", "search.keep=99"))
+        paper("15b_to_8b", "search.keep=99")
+    with pytest.raises(ConfigError, match=r"16 students cannot be kept of 15 trials \(15 shapes"):
+        make_plan(*paper("15b_to_8b", "search.keep=16", "search.trials=20"))
 
 
 def test_students_lose_their_layers_by_one_rule() -> None:

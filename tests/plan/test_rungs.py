@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minitron_ray.core.loading import load
 from minitron_ray.experiment import Experiment
 from minitron_ray.plan.rungs import early_halving, first_halving
 
@@ -42,6 +44,17 @@ def test_the_first_halving_in_optimizer_steps(
     assert first_halving(found) == first
     assert (early_halving(found) is not None) == (first is not None and first < 5)
     assert first_halving(experiment(tokens, rungs, batch, halving=None)) is None
+
+
+def test_what_is_shipped_and_what_is_not_said_halve_late_enough() -> None:
+    files = sorted(Path(__file__).parents[2].glob("experiments/*.yaml"))
+    searches = [found for file in files if (found := load(file, Experiment)[0]).search is not None]
+    assert len(searches) > 3
+    assert [found.name for found in searches if early_halving(found) is not None] == []
+    minimal = experiment(640, 3, 4).model_dump(exclude={"search"}) | {"search": {"space": {"layers": "2..4"}}}
+    minimal["data"]["sequence_length"] = 256
+    assert first_halving(Experiment.model_validate(minimal)) == 8
+    assert early_halving(Experiment.model_validate(minimal)) is None
 
 
 def test_the_warning_names_what_to_change() -> None:

@@ -188,11 +188,8 @@ def test_a_space_without_a_shape_to_build() -> None:
 
 
 def test_ratios_are_for_the_mlp_only() -> None:
-    space = Space(hidden=Choices(ratios=(0.5,)))
-    with pytest.raises(
-        ConfigError, match=r"search\.space\.hidden: a ratio to the hidden size is for mlp only"
-    ):
-        candidates(SMOLLM2, space, Band(low=1, high=9))
+    with pytest.raises(ValidationError, match="a ratio to the hidden size is for mlp only"):
+        Space(hidden=Choices(ratios=(0.5,)))
 
 
 # --- Vectorised against one by one -------------------------------------------------------------------

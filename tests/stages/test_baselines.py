@@ -88,7 +88,7 @@ data:
 budget: {{parameters: 75k, tolerance: 20%}}
 search:
   space: {{layers: 3..4, mlp: [48, 64]}}
-  retrain: {{tokens: 1024, rungs: 2, learning_rate: 3e-3}}
+  retrain: {{tokens: 1024, rungs: 2, batch: 4, learning_rate: 3e-3}}
   baselines: [random, largest_first, magnitude, scratch]
 """
     )

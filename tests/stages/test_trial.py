@@ -25,6 +25,7 @@ from minitron_ray.stages.trial import RungResult, latency, retrain, rung_tokens
 from minitron_ray.stages.trial_group import GroupTrial, to_next_rung
 from minitron_ray.stages.trial_state import FileState
 from minitron_ray.weights.checkpoint import Checkpoint
+from minitron_ray.weights.headless import Headless
 from tests.processes import begin_group
 from tests.settings import setting_of
 
@@ -49,7 +50,7 @@ def setting(tiny_llama: Path, tiny_text: Path, tmp_path_factory: pytest.TempPath
             "budget": {"parameters": "50k..90k"},
             "search": {
                 "space": {"hidden": [36, 42]},
-                "retrain": {"tokens": 1024, "rungs": 3, "learning_rate": 3e-3},
+                "retrain": {"tokens": 1024, "rungs": 3, "batch": 4, "learning_rate": 3e-3},
             },
         }
     )
@@ -275,12 +276,25 @@ def test_a_loss_that_is_not_finite_ends_the_training(setting: Setting) -> None:
         retrain(setting, student, teacher, share, on_rung=lambda rung: None)
 
 
-def test_latency_is_a_time_of_the_student_alone(setting: Setting) -> None:
-    share = setting.share()
-    student = setting.student(CANDIDATE, scores(), share.device)
-    before = {name: value.clone() for name, value in student.state_dict().items()}
+def test_latency_is_a_time_of_the_student_as_it_is_served(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the precision of products, and to the logits of the last token, as a stock forward pass gives them."""
+    share = replace(setting.share(), dtype=torch.bfloat16)
+    student = setting.undistilled(CANDIDATE, scores(), share)
+    assert student.head.dtype == torch.bfloat16
+    ids, given = torch.from_numpy(setting.tokens().sequences(setting.training_indices(1, 1)[:1])), []
+    forward = Headless.forward
+
+    def heard(self: Headless, *arguments: Any) -> Any:
+        given.append(forward(self, *arguments))
+        return given[-1]
+
+    monkeypatch.setattr(Headless, "forward", heard)
     assert 0 < latency(student, share, setting) < 10
-    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+    with torch.no_grad():
+        expected = student.model(input_ids=ids, use_cache=False).logits[:, -1]
+    assert len(given) > 1 and all(torch.equal(found, expected) for found in given)
 
 
 def test_a_kept_state_leaves_the_process_as_it_was(setting: Setting, tmp_path: Path) -> None:

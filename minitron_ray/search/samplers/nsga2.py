@@ -19,9 +19,9 @@ class NSGA2(LearningSampler):
 
     kind: Literal["nsga2"] = "nsga2"
     against: Literal["parameters", "flops", "latency"]
-    """What is made small beside the loss: all parameters, forward FLOPs a token, or the seconds of a
-    forward pass of one sequence, measured."""
-    population: Annotated[int, Field(ge=2)] = 8
+    """What is made small beside the loss: all parameters, forward FLOPs a token at the length that the budget
+    counts them for, or the seconds of a forward pass of one sequence to its last token's logits, measured."""
+    population: Annotated[int, Field(ge=2)] = 4
     """Shapes drawn by lot before any are crossed, and how many are parents from then on."""
 
     @property
