@@ -2,7 +2,8 @@
 # A run on Slurm nodes: sbatch cluster/slurm.sh EXPERIMENT... [options of minitron-ray run], from the folder
 # that holds .venv, on a file system that all nodes share. Follow it from the login node with
 # `minitron-ray watch`. Ten minutes before the time limit Slurm's signal stops the run at a safe point, and
-# the job goes back into the queue, from where it goes on.
+# the job goes back into the queue, from where it goes on; also where the cluster was lost, three times at most.
+# A node that is lost does not end the job: the distillation goes on with the others' workers.
 #SBATCH --job-name=minitron-ray
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -12,6 +13,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:TERM@600
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=minitron-ray-%j.log
 
@@ -31,6 +33,11 @@ export RAY_AUTH_TOKEN_PATH="${MINITRON_RAY_TOKENS:-$HOME/.ray}/token-$SLURM_JOB_
 mkdir -p "$(dirname "$RAY_AUTH_TOKEN_PATH")"
 (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$RAY_AUTH_TOKEN_PATH")
 
+# One worker a GPU, or a node where there are none, and fewer where nodes are lost. --cluster FILE replaces it.
+settings="$(dirname "$RAY_AUTH_TOKEN_PATH")/workers-$SLURM_JOB_ID.yaml"
+each="${SLURM_GPUS_ON_NODE:-0}"
+echo "workers: 1..$((SLURM_JOB_NUM_NODES * (each > 0 ? each : 1)))" > "$settings"
+
 # The batch script runs on the first node: that is Ray's head, and the run is driven here.
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 ip="$(srun --nodes=1 --ntasks=1 --overlap --nodelist="$first" hostname --ip-address | awk '{print $1}')"
@@ -40,7 +47,7 @@ nodes=()
 end_nodes() {
   for node in "${nodes[@]}"; do kill -TERM "$node" 2> /dev/null || true; done
   for node in "${nodes[@]}"; do wait "$node" || true; done
-  rm -f "$RAY_AUTH_TOKEN_PATH"
+  rm -f "$RAY_AUTH_TOKEN_PATH" "$settings"
 }
 trap end_nodes EXIT
 
@@ -51,7 +58,7 @@ nodes+=($!)
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
   others=$((SLURM_JOB_NUM_NODES - 1))
   # One that is lost must not end the others: the run goes on with those.
-  srun --nodes="$others" --ntasks="$others" --overlap --exclude="$first" --kill-on-bad-exit=0 \
+  srun --nodes="$others" --ntasks="$others" --overlap --exclude="$first" --kill-on-bad-exit=0 --no-kill \
     "$bin/ray" start --block --address="$address" "${limits[@]}" > /dev/null &
   nodes+=($!)
 fi
@@ -80,7 +87,7 @@ stop() {
   [ -z "$driver" ] || kill -TERM "$driver" 2> /dev/null || true
 }
 trap stop TERM
-"$bin/minitron-ray" run "$@" --address "$address" &
+"$bin/minitron-ray" run --cluster "$settings" "$@" --address "$address" &
 driver=$!
 code=0
 wait "$driver" || code=$?
@@ -88,7 +95,9 @@ while kill -0 "$driver" 2> /dev/null; do   # a signal ends `wait`, not the run
   code=0
   wait "$driver" || code=$?
 done
-if [ "$stopping" -eq 1 ] && [ "$code" -ne 0 ]; then
+lost=0
+if [ "$code" -eq 3 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then lost=1; fi
+if [ "$code" -ne 0 ] && [ "$stopping$lost" != 00 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

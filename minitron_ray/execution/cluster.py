@@ -177,6 +177,13 @@ class Cluster:
         """How many workers fit on the nodes that there are now, were nothing else on them."""
         return _room(self.worker())
 
+    def free(self) -> int:
+        """The same beside what is in use at this moment, of this run or of others. It lags behind by a second or
+        two where something has just ended."""
+        from ray._private.state import available_resources_per_node
+
+        return sum(_fit(node, self.worker()) for node in available_resources_per_node().values())
+
     def together(self) -> int:
         """The most processes of `map` that may share one node's memory."""
         return min(self.mappers(), max(_fit(node, self.mapper()) for node in _nodes()))

@@ -37,6 +37,8 @@ FAILURES: Final = 5
 _GROW_AFTER_S = 5.0
 """For so long there must be room for more workers before a group is asked to begin again with them."""
 _LOOK_S = 1.0
+_RELEASE_S = 10.0
+"""For so long what is in use may be that of a group which has just ended."""
 _ADDRESS: Final = "RAY_ADDRESS"
 _LOSSES: Final = (ray.exceptions.RayError, ray.train.TrainingFailedError, RayTrainError)
 """What Ray says of a lost worker, node or controller, or of a group that could not be placed."""
@@ -174,39 +176,44 @@ class _Attempts:
     def _workers(self) -> int:
         """How many there is room for. Waits where that is less than the least, or where Ray is gone."""
         least, most = self._cluster.worker_range()
-        patience, told = time.monotonic() + self._cluster.settings.wait_for_workers, False
+        began, told = time.monotonic(), False
         while True:
-            room = self._room()
-            if room >= least:
+            room, free = self._room()
+            waited = time.monotonic() - began
+            if free >= min(room, most) >= least:
                 return min(room, most)
+            if free >= least and waited >= _RELEASE_S:
+                return min(free, most)
             if self._cluster.stop.requested:
                 raise Interrupted("stopped by request")
-            if time.monotonic() > patience:
+            if waited > self._cluster.settings.wait_for_workers and (room < least or waited >= _RELEASE_S):
                 self._cluster.workers()  # says what does not fit
                 raise EnvironmentFailure(
-                    f"there is room for {room} of at least {least} workers; add nodes, or lower `workers` in the "
+                    f"there is room for {free} of at least {least} workers; add nodes, or lower `workers` in the "
                     f"cluster file, then run it again: it goes on from what is saved"
                 )
-            if not told:
-                self._say(f"waiting for nodes: room for {room} of at least {least} workers")
+            if not told and (room < least or waited >= _RELEASE_S):
+                used = "" if room < least else f", since others use what {room} would take"
+                self._say(f"waiting for nodes: room for {free} of at least {least} workers{used}")
                 told = True
             time.sleep(_LOOK_S)
 
-    def _room(self) -> int:
+    def _room(self) -> tuple[int, int]:
+        """How many workers fit on the nodes, and how many beside what is in use."""
         cluster = self._cluster
         if self._failures and not cluster.alive():
             try:
                 cluster.reconnect()
             except EnvironmentFailure:
-                return 0
-        return cluster.room()
+                return 0, 0
+        return cluster.room(), cluster.free()
 
     def _say(self, text: str) -> None:
         self._cluster.events.emit("note", text=text)
 
 
 class _Growth:
-    """Asks a group to begin again once there has been room for more workers for a while."""
+    """Asks a group to begin again once there has been room for more workers for a while, that nobody else uses."""
 
     def __init__(self, cluster: Cluster, name: str, workers: int) -> None:
         self._cluster, self._name, self._workers = cluster, name, workers
@@ -220,10 +227,10 @@ class _Growth:
             return
         self._looked = now
         try:
-            room = self._cluster.room()
+            more = min(self._cluster.free(), self._cluster.room() - self._workers)
         except _RETRIED:
             return  # the group itself finds out whether Ray is gone
-        if room <= self._workers:
+        if more <= 0:
             self._since = None
         elif self._since is None:
             self._since = now

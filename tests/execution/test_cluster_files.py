@@ -262,5 +262,5 @@ def test_slurm_directives_come_first_and_ask_for_a_signal_in_time() -> None:
     directives = [line for line in lines if line.startswith("#SBATCH")]
     assert all(line in lines[:command] for line in directives)  # sbatch stops reading at the first command
     options = dict(re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(\S+))?", line).groups() for line in directives)  # type: ignore[union-attr]
-    assert options["signal"] == "B:TERM@600" and "requeue" in options
+    assert options["signal"] == "B:TERM@600" and {"requeue", "no-kill"} <= options.keys()
     assert int(options["nodes"]) > 1 and options["ntasks-per-node"] == "1"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.core.events import EventBus
@@ -58,6 +59,33 @@ def test_lost_and_terminated_workers_cost_at_most_what_was_not_saved(tmp_path: P
     assert sorted(set(steps)) == list(range(1, 46))
     assert 0 < len(steps) - 45 <= job.every, "the kill repeats what was not saved; the SIGTERM nothing"
     assert len(notes) == 2 and "workers were lost" in notes[0] and "left at step 2" in notes[1]
+
+
+@ray.remote(num_cpus=1)
+def occupy(folder: Path) -> None:
+    """Another's work: it holds its processor until it may go."""
+    (folder / "occupied").touch()
+    while not (folder / "released").exists():
+        time.sleep(0.1)
+
+
+def test_a_group_takes_what_others_leave_and_grows_when_they_go(tmp_path: Path) -> None:
+    """Nothing is lost by it: the group begins again at a checkpoint, and each step is made once."""
+    notes: list[str] = []
+    job = Counting(folder=tmp_path, steps=150)
+    with cluster(tmp_path, notes, workers="1..2") as own:
+        own.connect()
+        other = occupy.remote(tmp_path)
+        while not (tmp_path / "occupied").exists():
+            time.sleep(0.1)
+        at(job, 5, lambda processes: (tmp_path / "released").touch())
+        assert run_group(own, count, job, job.saved) == {"step": 150, "workers": 2}
+        ray.get(other)
+    lines = job.log()
+    assert [line["step"] for line in lines] == list(range(1, 151))
+    workers = [line["workers"] for line in lines]
+    assert workers == sorted(workers) and set(workers) == {1, 2}
+    assert workers.count(1) % job.every == 0 and len(notes) == 1 and "left at step" in notes[0]
 
 
 def test_what_every_worker_raises_ends_the_group(tmp_path: Path) -> None:
