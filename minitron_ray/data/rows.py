@@ -181,4 +181,4 @@ def _no_column(where: str, column: str, found: Any) -> str:
 
 def _damaged(where: str, form: str, error: Exception) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"{where} can't be read as {form}: {reason}"
+    return f"{where} can't be read as {form}: {reason}; it is damaged, fetch it again"

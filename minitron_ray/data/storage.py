@@ -72,7 +72,10 @@ class StoredFile:
             with opened as stream:
                 yield stream
         except OSError as error:
-            raise EnvironmentFailure(f"{self.where} can't be read: {_reason(error)}") from error
+            raise EnvironmentFailure(
+                f"{self.where} can't be read: {_reason(error)}; mend that, then run the same command again: what is "
+                f"tokenised stays"
+            ) from error
 
 
 def local_file(path: Path) -> StoredFile:

@@ -40,11 +40,13 @@ _PATTERNS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextTokenizer:
-    """`separator` is the id that ends a document, `vocabulary` the number of rows of the embedding."""
+    """`separator` is the id that ends a document, `padding` that which fills rows up (None where they are the same, or
+    there is none), `vocabulary` the number of rows of the embedding."""
 
     backend: Tokenizer
     separator: int
     vocabulary: int
+    padding: int | None = None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each text's token ids and the separator, int64; no other special token is added."""
@@ -76,7 +78,13 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     if separator is None:
         raise ConfigError(f"the tokenizer in {folder} names no eos_token, which must end each document")
     vocabulary = _json(folder / "config.json").get("vocab_size") or len(tokenizer)
-    return TextTokenizer(backend=backend, separator=separator, vocabulary=vocabulary)
+    padding = _first(tokenizer.pad_token_id)
+    return TextTokenizer(
+        backend=backend,
+        separator=separator,
+        vocabulary=vocabulary,
+        padding=None if padding == separator else padding,
+    )
 
 
 def tokenizer_digest(folder: Path) -> str:

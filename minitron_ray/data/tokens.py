@@ -31,7 +31,7 @@ from minitron_ray.core.fingerprint import digest
 from minitron_ray.data.packing import Group, Rows, Turns, rows_of_each
 from minitron_ray.data.shards import Here, Spread, Work, check_ids, encode, tokenize_shards
 from minitron_ray.data.source import MixedSource, Source, TextSource, TokenSource
-from minitron_ray.data.tokenizer import load_tokenizer, tokenizer_digest
+from minitron_ray.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
     from minitron_ray.results.cache import Cache
@@ -224,15 +224,32 @@ class _Build:
 
     def _rows_as_they_stand(self, source: TokenSource) -> Iterator[Group]:
         """Rows are not cut, hence of exactly one length."""
-        vocabulary = load_tokenizer(self.tokenizer).vocabulary
+        tokenizer = load_tokenizer(self.tokenizer)
         for number, ids in enumerate(source.sequences(self.base, self.cache), start=1):
             if len(ids) != self.length:
                 raise ConfigError(
                     f"row {number} of the tokens has {len(ids):,} ids, data.sequence_length is "
                     f"{self.length}; rows are used as they stand, so set data.sequence_length to their length"
                 )
-            check_ids([ids], vocabulary, number - 1)
+            check_ids([ids], tokenizer.vocabulary, number - 1)
+            _check_padding(ids, tokenizer, number)
             yield Group.of([ids])
+
+
+def _check_padding(ids: np.ndarray, tokenizer: TextTokenizer, number: int) -> None:
+    """A model would learn to predict the padding of a row. One token of it alone may be another's, as where a
+    tokenizer pads with its unknown token. Raises ConfigError."""
+    if tokenizer.padding is None:
+        return
+    for end, name in ((ids[::-1], "ends"), (ids, "begins")):
+        text = np.flatnonzero(end != tokenizer.padding)
+        filled = int(text[0]) if len(text) else len(ids)
+        if filled > 1:
+            raise ConfigError(
+                f"row {number} of the tokens {name} with {filled} of padding (id {tokenizer.padding}); rows are used "
+                f"as they stand, so fill them with documents, each ended by the end-of-text token (id "
+                f"{tokenizer.separator})"
+            )
 
 
 def _pack(parts: Sequence[Rows], weights: Sequence[float], limit: int | None, writer: _Writer) -> int | None:

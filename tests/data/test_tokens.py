@@ -127,6 +127,28 @@ def test_token_rows_are_used_as_they_stand(tiny_llama: Path, cache: Cache, tmp_p
         build_tokens(Tokens(path="t.npy"), tiny_llama, sequence_length=8, base=tmp_path, cache=cache)
 
 
+@pytest.mark.parametrize(
+    ("row", "said"), [([7, 8, 9, 5, 5, 5], "ends with 3"), ([5, 5, 7, 8, 9, 1], "begins with 2")]
+)
+def test_padded_rows_are_refused(
+    tiny_llama: Path, cache: Cache, tmp_path: Path, row: list[int], said: str
+) -> None:
+    """Where a tokenizer has a token of its own for it; one alone may be text."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(5)
+    tokenizer.save_pretrained(model)
+    np.save(tmp_path / "t.npy", np.array([[7, 8, 9, 1, 2, 5], row]))
+
+    def build(teacher: Path) -> TokenStore:
+        return build_tokens(Tokens(path="t.npy"), teacher, sequence_length=6, base=tmp_path, cache=cache)
+
+    with pytest.raises(ConfigError, match=rf"row 2 of the tokens {said} of padding \(id 5\); .*fill them"):
+        build(model)
+    assert len(build(tiny_llama)) == 2
+
+
 @pytest.mark.parametrize("bad", [256, -1])
 def test_tokens_of_another_model(tiny_llama: Path, cache: Cache, tmp_path: Path, bad: int) -> None:
     np.save(tmp_path / "t.npy", np.array([[0] * 8, [0] * 7 + [bad]]))

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Tokens(TokenSource):
     """Rows of token ids, used as they stand and in file order, each of `sequence_length` tokens.
 
-    Every token counts as text: rows are not to be padded. With `data.documents: apart` they end documents with the
-    tokenizer's end-of-text token; padding with it is then in no loss, but still in the scores of activations.
+    Every token counts as text. Rows that are padded are refused, but for padding with the end-of-text token, which
+    can't be told from the ends of documents: with `data.documents: apart` that is in no loss, but still in the scores
+    of activations.
     """
 
     kind: Literal["tokens"] = "tokens"
