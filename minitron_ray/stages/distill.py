@@ -28,6 +28,7 @@ def run(context: Context, plan: Plan, setting: Setting, chosen: list[str]) -> tu
             folder=folder.resolve(),
             store=context.run.store,
             checkpoints=context.cluster.settings.checkpoints,
+            rehearsal=context.run.rehearsal,
         )
         train_student(context, job)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

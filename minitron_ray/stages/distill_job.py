@@ -42,6 +42,8 @@ class DistillJob:
     checkpoints: CheckpointSettings
     stage: str = "distill"
     """The stage that it is of, for events and the names of fragments."""
+    rehearsal: bool = False
+    """Whether a group that began at the first step ends at a checkpoint, for another to go on from it."""
 
     @property
     def distill(self) -> Distill:
@@ -75,6 +77,7 @@ def distill_worker(job: DistillJob, worker: Worker) -> dict[str, Any] | Again:
     step = job.recipe.steps if _is_written(job) else _Distillation(job, worker).run()
     if step < job.recipe.steps and not worker.stopped_by_user():
         reason = "there is room for more" if worker.regroup_requested() else "a worker was told to end"
+        reason = "a recovery is rehearsed" if job.rehearsal else reason
         return Again(f"{reason}: stopped at step {step}")
     batch_tokens = job.recipe.batch * job.recipe.sequence_length
     return {"step": step, "tokens": step * batch_tokens, "interrupted": step < job.recipe.steps}
@@ -142,7 +145,8 @@ class _Distillation:
                 continue
             if step.step % self._checkpoint_every == 0 or step.stop_requested or step.step == last:
                 self._save(step.step)
-                if step.step < last and (step.stop_requested or self._regroup()):
+                rehearsed = job.rehearsal and not first and step.step >= 2 * self._checkpoint_every
+                if step.step < last and (step.stop_requested or rehearsed or self._regroup()):
                     self._checkpoints.finish()
                     self._checkpoints.close()
                     return step.step

@@ -41,6 +41,9 @@ def test_a_chain_is_gone_through_and_leaves_no_result(desk: Desk) -> None:
     there = desk.results / ".rehearsal"
     runs = {info.experiment: info for info in find_runs(there)}
     assert all(info.rehearsal and info.status == "succeeded" for info in runs.values())
+    assert "a recovery is rehearsed: stopped at step" in (runs["tiny"].folder / "events.jsonl").read_text()
+    steps = [row["step"] for row in runs["tiny"].store.read("steps").to_pylist()]
+    assert sorted(steps) == list(range(1, max(steps) + 1)), "each once, of both groups"
     start = json.loads((runs["tinier"].folder / "stages" / "prepare.json").read_bytes())["output"]["start"]
     assert start.startswith(f"tiny/{first['run_id']}, ")
     [card] = Path(second["folder"]).glob("exports/*/README.md")
