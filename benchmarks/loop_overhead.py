@@ -153,7 +153,10 @@ def measure_checkpoint(options: argparse.Namespace, folder: Path) -> dict[str, A
     teacher = job.teacher()
     saved, other = (Training(job, teacher=teacher) for _ in range(2))
     place = folder / "checkpoints"
-    checkpoints, waits = Checkpoints(place, 0, torch.device("cpu"), asynchronous=True), []
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
+    )
+    checkpoints, waits = Checkpoints(place, 0, device, asynchronous=True), []
     steps, others = saved.steps(checkpoints.failed), other.steps()
 
     def saving() -> float:

@@ -47,10 +47,8 @@ def test_forward_kl_equals_torch(temperature: float) -> None:
         torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-4, atol=1e-5)
 
 
-def test_cross_entropy_equals_torch_over_several_chunks() -> None:
-    ours, theirs = tensors(samples=9), tensors(samples=9)  # 144 predictions: chunks of 64, 64, 16
-    vocabulary_chunks = list(vocabulary.chunks(144, 2**20, torch.device("cpu")))
-    assert [part.stop - part.start for part in vocabulary_chunks] == [64, 64, 16]
+def test_cross_entropy_equals_torch() -> None:
+    ours, theirs = tensors(samples=9), tensors(samples=9)
     loss = fused_head_loss(
         ours["hidden"], ours["head"], ours["input_ids"], loss=CrossEntropy(), dtype=torch.float32
     )

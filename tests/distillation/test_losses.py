@@ -15,7 +15,7 @@ from torch import Tensor
 from minitron_ray.core.errors import ConfigError
 from minitron_ray.core.kinds import Section, plugins
 from minitron_ray.core.loading import load
-from minitron_ray.distillation import Loss
+from minitron_ray.distillation import Loss, fused_head
 from minitron_ray.distillation.fused_head import fused_head_loss
 from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.losses.cosine import Cosine
@@ -25,6 +25,8 @@ from minitron_ray.distillation.losses.jsd import JSD
 from minitron_ray.distillation.losses.mixture import Mixture, Term
 from minitron_ray.distillation.losses.mse import MSE
 from minitron_ray.distillation.losses.reverse_kl import ReverseKL
+from minitron_ray.distillation.targets import SparseTargets
+from minitron_ray.weights import vocabulary
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -92,6 +94,43 @@ def test_value_and_gradient_equal_autograd(
     tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(value.double(), expected.detach(), **tolerance)
     torch.testing.assert_close(gradient.double(), leaf.grad, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("loss", "formula", "sparse"),
+    [(loss, formula, False) for loss, formula in CASES]
+    + [
+        (loss, formula, True) for loss, formula in CASES if loss.needs_teacher and loss.refuses_sparse is None
+    ],
+)
+def test_in_chunks_blocks_and_slices_it_is_the_plain_computation(
+    loss: DistillationLoss, formula: Formula, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """144 predictions: chunks of 64, 64 and 16, their losses 10 rows at a time, of a head in blocks of 16 of its 50
+    rows. Sparse targets that name every word are the teacher's whole distribution."""
+    monkeypatch.setattr(fused_head, "_CHUNK", {"cpu": 1})
+    monkeypatch.setattr(vocabulary, "_ROW_ELEMENTS", {"cpu": 500})
+    monkeypatch.setattr(vocabulary, "_HEAD_ELEMENTS", {"cpu": 16 * 8})
+    torch.manual_seed(2)
+    hidden, head = torch.randn(9, 17, 8), torch.randn(50, 8)
+    theirs, their_head, ids = torch.randn(9, 17, 12), torch.randn(50, 12), torch.randint(0, 50, (9, 17))
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, head)]
+    student, teacher = exact[0] @ exact[1].T, theirs.double() @ their_head.double().T
+    expected = formula(
+        student[:, :-1].flatten(0, 1), teacher[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    ).sum()
+    expected.backward()
+    own = [tensor.clone().requires_grad_() for tensor in (hidden, head)]
+    given = {"teacher_hidden": theirs, "teacher_head": their_head}
+    if sparse:
+        likely, at = teacher[:, :-1].softmax(-1).float().topk(50, -1)
+        given = {"sparse": SparseTargets(ids=at, probabilities=likely, tail=torch.zeros(9, 16))}
+    found = fused_head_loss(*own, ids, loss=loss, dtype=torch.float32, **given)
+    found.backward()
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    for mine, plain in zip(own, exact, strict=True):
+        scale = plain.grad.abs().max().item()
+        torch.testing.assert_close(mine.grad.double(), plain.grad, rtol=1e-5, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize(("loss", "formula"), CASES, ids=NAMES)
