@@ -130,6 +130,8 @@ class ProgressModel:
         if stage.status not in ("waiting", "running"):
             return  # a worker's word that comes after the stage's end
         stage.status = "running"
+        if fields.get("unit") not in (None, stage.unit):
+            stage.history.clear()  # other work, whose pace says nothing of what comes now
         _update(stage, fields, "done", "total", "unit", "loss", "tokens_per_second", "note")
         if fields.get("done") is not None:
             stage.history.append((at, stage.done))

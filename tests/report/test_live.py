@@ -117,6 +117,21 @@ def test_time_to_go_is_the_recent_pace_and_not_what_a_resumed_stage_began_with()
     assert model_of(SEARCHING).stages["search"].remaining(1022.0) is None, "one point is no pace"
 
 
+def test_the_pace_of_one_kind_of_work_says_nothing_of_the_next() -> None:
+    says: list[Say] = [(0, "stage_started", {"stage": "baselines", "unit": "tokens"})]
+    for at, done, total, unit in (
+        (60, 9, 10, "cuts"),
+        (90, 10, 10, "cuts"),
+        (100, 512, 9_216, "tokens"),
+        (110, 1_536, 9_216, "tokens"),
+    ):
+        says.append(
+            (at, "stage_progress", {"stage": "baselines", "done": done, "total": total, "unit": unit})
+        )
+    stage = model_of(says).stages["baselines"]
+    assert stage.remaining(1110.0) == pytest.approx((9_216 - 1_536) / 102.4)
+
+
 def test_old_progress_is_forgotten() -> None:
     says: list[Say] = [(0, "stage_started", {"stage": "distill", "total": 10_000, "unit": "tokens"})]
     says += [(at, "stage_progress", {"stage": "distill", "done": at}) for at in range(10, 200, 10)]
