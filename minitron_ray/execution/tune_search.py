@@ -177,6 +177,8 @@ class _Progress:
 
     def halts(self, candidate_id: str, result: dict[str, Any]) -> bool:
         """Whether a trial ends with this result, which is not recorded yet."""
+        if self.error is not None:
+            return True
         with self.guarded():
             fate = self._decide(candidate_id, result)
             return fate.state in ("waiting", "stopped") and result.get("tokens", 0) >= fate.tokens
@@ -280,6 +282,8 @@ class _Listener(_NotPickled, tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        if self._progress.error is not None:
+            return  # rows are not to follow one that is missing
         with self._progress.guarded():
             self._progress.recorded(trial.config["candidate_id"], result)
 

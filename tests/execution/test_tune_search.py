@@ -168,6 +168,39 @@ def test_what_the_machine_breaks_off_has_not_failed(tmp_path: Path) -> None:
     assert all(len(set(rungs)) == len(rungs) for rungs in trained(folder).values()), "no rung is made twice"
 
 
+def test_what_cannot_be_written_ends_the_search_in_its_words(tmp_path: Path) -> None:
+    """A row, and the study before a cohort: not as a traceback of Ray Tune's. Trials are asked to stop for it, so the
+    clusters are its own."""
+
+    class Full(Notes):
+        def rung(self, candidate_id: str, result: dict[str, Any]) -> None:
+            if result["tokens"] == 20:
+                raise EnvironmentFailure("cannot write to trials: no space left on device; free this one")
+            super().rung(candidate_id, result)
+
+    def propose(cohort: int, told: Sequence[Told], count: int) -> list[str]:
+        if cohort:
+            raise EnvironmentFailure("cannot write to study.journal: no space left on device; free this one")
+        return ["c0", "c1"]
+
+    rows, study, notes = tmp_path / "rows", tmp_path / "study", Full()
+    rows.mkdir(), study.mkdir()
+    begun = replace(request(study, []), cohorts=Cohorts(trials=4, size=2, rule=RULE, propose=propose))
+    settings = ClusterSettings(trial=Resources(cpus=1))
+    with (
+        Cluster(settings, tmp_path / "first", EventBus(), StopSignal()) as cluster,
+        pytest.raises(EnvironmentFailure, match=r"^cannot write to trials: .*; free this one$"),
+    ):
+        run_search(cluster, request(rows, [["c0", "c1", "c2", "c3"]]), notes)
+    assert max(tokens for rungs in notes.rungs.values() for tokens in rungs) == 10
+    with (
+        Cluster(settings, tmp_path / "second", EventBus(), StopSignal()) as cluster,
+        pytest.raises(EnvironmentFailure, match=r"^cannot write to study.journal: .*; free this one$"),
+    ):
+        run_search(cluster, begun, Notes())
+    assert len(trained(study)) == 2
+
+
 def test_cohorts_one_after_the_other(cluster: Cluster, tmp_path: Path) -> None:
     cohorts = [[f"a{number}" for number in range(8)], [f"b{number}" for number in range(4)]]
     notes = Notes()
@@ -205,33 +238,6 @@ def test_the_runner_up_takes_the_place_of_the_only_survivor(cluster: Cluster, tm
         other: "completed",
     }
     assert trained(tmp_path) == {"bad0": [0, 10], other: [0, 10, 20, 40]}
-
-
-def test_what_cannot_be_recorded_ends_the_search_as_it_is(cluster: Cluster, tmp_path: Path) -> None:
-    """In the words of who could not write it, and not as a traceback of Ray Tune's; and so does what can't be
-    proposed. Among the last, as its trials are asked to stop."""
-
-    class Full(Notes):
-        def rung(self, candidate_id: str, result: dict[str, Any]) -> None:
-            if result["tokens"] == 20:
-                raise EnvironmentFailure("cannot write to trials: no space left on device; free this one")
-            super().rung(candidate_id, result)
-
-    def propose(cohort: int, told: Sequence[Told], count: int) -> list[str]:
-        if cohort:
-            raise EnvironmentFailure("cannot write to study.journal: no space left on device; free this one")
-        return ["c0", "c1"]
-
-    rows, study = tmp_path / "rows", tmp_path / "study"
-    rows.mkdir(), study.mkdir()
-    second = replace(request(study, []), cohorts=Cohorts(trials=4, size=2, rule=RULE, propose=propose))
-    with pytest.raises(EnvironmentFailure, match=r"^cannot write to study.journal: .*; free this one$"):
-        run_search(cluster, second, Notes())
-    assert len(trained(study)) == 2
-    notes = Full()
-    with pytest.raises(EnvironmentFailure, match=r"^cannot write to trials: .*; free this one$"):
-        run_search(cluster, request(rows, [["c0", "c1", "c2", "c3"]]), notes)
-    assert max(tokens for rungs in notes.rungs.values() for tokens in rungs) == 10
 
 
 def _stop_once_begun(folder: Path, names: Sequence[str], stop: StopSignal) -> None:
