@@ -146,7 +146,6 @@ def drive(
     from minitron_ray.pipeline import execute, plan_for
     from minitron_ray.report.live import open_view
     from minitron_ray.stages.context import Context
-    from minitron_ray.stages.objectives import check_objectives
     from minitron_ray.stages.prepare import prepare
 
     results = results.expanduser().resolve()
@@ -159,9 +158,7 @@ def drive(
             view = open_view(sys.stderr, quiet=quiet, as_events=as_events, stages=stages_of(experiment))
             events.add(stack.enter_context(view))
             stack.enter_context(stop.installed())
-            check_objectives(experiment, settings)
-            if address := cluster_address(settings):
-                check_reachable(address)  # before anything is fetched
+            _check_settings(experiment, settings)
             with tokenizing(settings, results, events, stop) as spread:
                 ready = prepare(
                     experiment,
@@ -206,6 +203,15 @@ def drive(
             f"interrupted, nothing finished is lost; to go on, run it again: {again}"
         ) from None
     return run
+
+
+def _check_settings(experiment: Experiment, settings: ClusterSettings) -> None:
+    """Before anything is fetched. Raises ConfigError, and EnvironmentFailure where the cluster does not answer."""
+    from minitron_ray.stages.objectives import check_objectives
+
+    check_objectives(experiment, settings)
+    if address := cluster_address(settings):
+        check_reachable(address)
 
 
 def _note(run: Run, experiment: Experiment) -> str | None:

@@ -8,8 +8,8 @@ from typing import Final
 
 from minitron_ray.distillation.intermediate.embedding import Embedding
 from minitron_ray.distillation.intermediate.hidden_states import HiddenStates
+from minitron_ray.distillation.sections import Distillation
 from minitron_ray.distillation.state_loss import Intermediate, StateLoss, intermediate_of
-from minitron_ray.experiment import Distillation
 from minitron_ray.models.family import Family
 from minitron_ray.search.space import CandidateRow
 

@@ -20,11 +20,12 @@ from minitron_ray.distillation.engine import TEACHER_SHARE, Engine
 from minitron_ray.distillation.loop import Data, Recipe, Share
 from minitron_ray.distillation.loss import DistillationLoss
 from minitron_ray.distillation.schedule import Schedule
+from minitron_ray.distillation.sections import Distillation, Optimization
 from minitron_ray.distillation.sharding import FrozenSharding, Sharding, prepare_layer
 from minitron_ray.distillation.state_loss import Intermediate
 from minitron_ray.distillation.teacher import OnlineTeacher, StoredTeacher, TeacherSignal
 from minitron_ray.evaluation.measure import Measurement, measure
-from minitron_ray.experiment import Distillation, Experiment, Optimization
+from minitron_ray.experiment import Experiment
 from minitron_ray.importance.scores import Scores
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.cost import BYTES, forward_flops, head_flops, training_flops
