@@ -58,6 +58,7 @@ class Cluster:
         self._session: Path | None = None
         self._range: tuple[int, int] | None = None
         self._each: Resources | None = None
+        self._checked_nodes: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -104,7 +105,7 @@ class Cluster:
             link_logs(self._session, self.folder / "logs")
         self._hub = Hub(self.events.emit)
         if address is not None:
-            check_nodes(self.shared)
+            self.check_joined()
         self.workers(), self.trial_group()  # what does not fit is said before anything is computed
 
     @property
@@ -209,6 +210,15 @@ class Cluster:
     def alive(self) -> bool:
         """Whether Ray still answers."""
         return self._hub is not None and self._hub.answers()
+
+    def check_joined(self) -> None:
+        """Looks at all nodes where some have not been looked at. Raises EnvironmentFailure as `check_nodes`."""
+        import ray
+
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if not nodes <= self._checked_nodes:
+            check_nodes(self.shared)
+            self._checked_nodes |= nodes
 
     def trial_group(self) -> GroupSize | None:
         """What a search trial of several processes is made of; None where it is one.

@@ -148,6 +148,7 @@ class _Attempts:
 
     def _attempt(self, workers: int) -> Any:
         cluster, name = self._cluster, _name()
+        cluster.check_joined()
         _, most = cluster.worker_range()
         size = GroupSize(workers=workers, each=cluster.worker(), storage=cluster.storage.resolve())
         trainer = _trainer(name, size, self._function, self._job, cluster.hub.reporter())
@@ -235,8 +236,18 @@ class _Growth:
         elif self._since is None:
             self._since = now
         elif now - self._since >= _GROW_AFTER_S:
+            self._ask()
+
+    def _ask(self) -> None:
+        self._asked = True
+        try:
+            self._cluster.check_joined()
+        except EnvironmentFailure as error:
+            self._cluster.events.emit("note", text=f"what has joined is not taken in: {error}")
+        except _RETRIED:
+            self._asked = False  # likewise
+        else:
             self._cluster.hub.request_regroup(self._name)
-            self._asked = True
 
 
 class _Fit:
