@@ -35,7 +35,7 @@ search:
   space: {layers: 3..4, mlp: 48..96 by 16, heads: [3, 6]}
   trials: 7
   halving: null
-  retrain: {tokens: 2048, rungs: 3, learning_rate: 3e-3}
+  retrain: {tokens: 2048, rungs: 3, batch: 4, learning_rate: 3e-3}
 distill: {tokens: 32k, learning_rate: 3e-3}
 """
 )

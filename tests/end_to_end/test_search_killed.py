@@ -24,7 +24,7 @@ search:
   space: {layers: 2..4, hidden: [36, 42, 48], mlp: 48..96 by 8, heads: [3, 6]}
   trials: 8
   keep: ties
-  retrain: {tokens: 4096, rungs: 3, learning_rate: 3e-3}
+  retrain: {tokens: 4096, rungs: 3, batch: 4, learning_rate: 3e-3}
 """
 )
 

@@ -22,7 +22,7 @@ search:
   trials: 2
   baselines: [largest_first, scratch]
   zero_shot: null
-  retrain: {tokens: 1024, rungs: 2, learning_rate: 3e-3}
+  retrain: {tokens: 1024, rungs: 2, batch: 4, learning_rate: 3e-3}
 """
 )
 
