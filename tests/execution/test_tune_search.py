@@ -157,7 +157,7 @@ def test_what_the_machine_breaks_off_has_not_failed(tmp_path: Path) -> None:
     assert not notes.ends and notes.rungs["full0"].keys() == {0}, "its rows stay"
     (folder / "room").touch()
     with pytest.raises(
-        EnvironmentFailure, match=r"^shape of gone0: its process was lost: .*run the same command"
+        EnvironmentFailure, match=r"^shape of gone0: its process was lost.*; see logs/.*run the same command"
     ):
         attempt("gone")
     assert "failed" not in {fate.state for fate, _ in notes.ends.values()}
