@@ -98,12 +98,12 @@ class Cohorts:
         self._decide()
 
     def told(self) -> list[Told]:
-        """Every trial of the cohorts so far, as the sampler hears of it."""
-        return [self._told(name) for name in self._fates]
+        """Every trial that has ended, as the sampler hears of it."""
+        return [self._told(name) for name, fate in self._fates.items() if fate.ended]
 
     def _told(self, name: str) -> Told:
         fate, known = self._fates[name], self._known.get(name, Known())
-        if fate.state in ("failed", "running"):
+        if fate.state == "failed":
             return Told(candidate_id=name)
         completed = fate.state == "completed"
         rungs = [(tokens, loss) for tokens, loss in sorted(known.losses.items()) if 0 < tokens <= fate.tokens]

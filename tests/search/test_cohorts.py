@@ -183,6 +183,21 @@ def test_a_replacement_that_has_lost_its_state_begins_anew() -> None:
     assert cohorts.told()[1].rungs == ((10, 2.0), (20, 1.9))
 
 
+def test_only_what_has_ended_is_told() -> None:
+    """One that runs or waits would stand in the study as a failed or a stopped one."""
+    desk = Desk(trials=4, rule=Halving(rungs=RUNGS, reduction=2))
+    cohorts = desk.cohorts(lambda cohort, told, count: ["c01", "c02", "c03", "c04"] if not cohort else [])
+    assert cohorts.told() == []
+    assert cohorts.report("c01", 10, 1.0).state == "waiting"
+    cohorts.fail("c04")
+    assert cohorts.told() == [Told(candidate_id="c04")]
+    for name, value in (("c02", 2.0), ("c03", 3.0)):
+        cohorts.report(name, 10, value)
+    states = {name: fate.state for name, fate in cohorts.fates.items()}
+    assert states == {"c01": "running", "c02": "stopped", "c03": "stopped", "c04": "failed"}
+    assert [trial.candidate_id for trial in cohorts.told()] == ["c02", "c03", "c04"]
+
+
 def test_told_says_what_the_sampler_needs() -> None:
     desk = Desk(("c05",), trials=4, rule=Halving(rungs=RUNGS, reduction=2))
     cohorts = desk.cohorts(lambda cohort, told, count: ["c01", "c02", "c05", "c09"] if not cohort else [])
