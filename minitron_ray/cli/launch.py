@@ -23,7 +23,7 @@ from minitron_ray.execution.other_files import refuse_cluster_starter
 from minitron_ray.execution.ray_start import check_reachable, cluster_address
 from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.execution.stop import StopSignal
-from minitron_ray.experiment import Experiment
+from minitron_ray.experiment import Experiment, Start, Teacher
 from minitron_ray.plan import StartConfig, make_plan, run_fingerprint, stages_of
 from minitron_ray.plan.rungs import early_halving, first_halving, steps_text
 from minitron_ray.results.cache import Cache
@@ -68,16 +68,18 @@ def read_experiments(paths: Iterable[Path], overrides: tuple[str, ...]) -> list[
 def check_plan(loaded: Loaded) -> None:
     """Plans for the models that the experiment describes, or that lie in a local folder, so that a budget out of
     reach is said before anything is fetched or read through. Raises ConfigError."""
-    experiment, base, start_from = loaded.experiment, loaded.base, loaded.experiment.start
-    teacher = experiment.teacher
-    config = given_config(teacher.config, base) or local_config(teacher.path, base)
-    if start_from is None:
+    experiment, base = loaded.experiment, loaded.base
+
+    def known(section: Teacher | Start, name: str) -> dict[str, Any] | None:
+        given = given_config(section.config, base, name)
+        return given or (None if section.path is None else local_config(section.path, base))
+
+    config = known(experiment.teacher, "teacher")
+    if experiment.start is None:
         if config is not None:
             make_plan(experiment, config)
         return
-    start = given_config(start_from.config, base, "start")
-    if start is None and start_from.path is not None:
-        start = local_config(start_from.path, base)
+    start = known(experiment.start, "start")
     if config is not None and start is not None:
         make_plan(experiment, config, StartConfig(config=start, source="start.config"))
 

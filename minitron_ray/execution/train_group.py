@@ -181,19 +181,19 @@ class _Attempts:
         while True:
             room, free = self._room()
             waited = time.monotonic() - began
-            if free >= min(room, most) >= least:
-                return min(room, most)
-            if free >= least and waited >= _RELEASE_S:
+            released = waited >= _RELEASE_S
+            if free >= least and (released or free >= min(room, most)):
                 return min(free, most)
             if self._cluster.stop.requested:
                 raise Interrupted("stopped by request")
-            if waited > self._cluster.settings.wait_for_workers and (room < least or waited >= _RELEASE_S):
+            lacking = room < least or released
+            if lacking and waited > self._cluster.settings.wait_for_workers:
                 self._cluster.workers()  # says what does not fit
                 raise EnvironmentFailure(
                     f"there is room for {free} of at least {least} workers; add nodes, or lower `workers` in the "
                     f"cluster file, then run it again: it goes on from what is saved"
                 )
-            if not told and (room < least or waited >= _RELEASE_S):
+            if lacking and not told:
                 used = "" if room < least else f", since others use what {room} would take"
                 self._say(f"waiting for nodes: room for {free} of at least {least} workers{used}")
                 told = True

@@ -288,13 +288,15 @@ class _Listener(_NotPickled, tune.Callback):
             self._progress.recorded(trial.config["candidate_id"], result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._progress.error is not None:
+            return  # likewise
         candidate_id, error = trial.config["candidate_id"], trial.get_pickled_error() or trial.get_error()
         cause = root_cause(error) if error is not None else None
-        if cause is None or of_the_machine(cause):
-            why = "" if cause is None else f": {first_line(cause)}"
-            self._progress.breaks(candidate_id, f"its process was lost{why}; see logs/ in the run folder")
-        else:
-            told = str(cause).strip().splitlines()
-            self._progress.fail(candidate_id, told[-1] if told else type(cause).__name__)
         with self._progress.guarded():
+            if cause is None or of_the_machine(cause):
+                why = "" if cause is None else f": {first_line(cause)}"
+                self._progress.breaks(candidate_id, f"its process was lost{why}; see logs/ in the run folder")
+            else:
+                told = str(cause).strip().splitlines()
+                self._progress.fail(candidate_id, told[-1] if told else type(cause).__name__)
             self._progress.settle()

@@ -73,7 +73,7 @@ def render(lines: Sequence[Line], console: Console) -> None:
 
 
 def _best_loss(run: RunInfo) -> float | None:
-    if "search" in run.stages and "search" not in run.stages_done:
+    if "search" in run.stages_waiting:
         return None  # trials stand at different rungs, and others are still to come
     rows = run.store.read("evaluations").to_pylist()
     by_phase = {

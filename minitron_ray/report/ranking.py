@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def rank(run: RunInfo) -> Ranking:
         rehearsal=run.rehearsal,
         stages=run.stages,
         budget=_budget_text(budget, (resolved.get("data") or {}).get("sequence_length", 256)),
-        entries=(teacher, *(students if run.rehearsal else _numbered(students, _searched(run)))),
+        entries=(teacher, *(students if run.rehearsal else _numbered(students, run.stages_waiting))),
         missing=tuple(_missing(run, found, resolved)),
         findings=findings,
         costs=costs,
@@ -288,13 +288,10 @@ def _place(entry: Entry) -> tuple[int, float, str]:
     return _ORDER.index(entry.status), math.inf if math.isnan(loss) else loss, entry.subject
 
 
-def _searched(run: RunInfo) -> bool:
-    """Whether no search is still to find better ones."""
-    return "search" not in run.stages or "search" in run.stages_done
-
-
-def _numbered(students: list[Entry], searched: bool) -> Iterator[Entry]:
-    ranked, place = ("distilled", "distilling", "cut", *(("completed",) if searched else ())), 0
+def _numbered(students: list[Entry], waiting: Collection[str]) -> Iterator[Entry]:
+    """Those that finished the search only where it has: until then it may find better ones."""
+    place, ranked = 0, ["distilled", "distilling", "cut"]
+    ranked += [] if "search" in waiting else ["completed"]
     for entry in students:
         if entry.status in ranked:
             place += 1
@@ -304,8 +301,7 @@ def _numbered(students: list[Entry], searched: bool) -> Iterator[Entry]:
 
 
 def _missing(run: RunInfo, found: Tables, resolved: dict[str, Any]) -> Iterator[str]:
-    waiting = [stage for stage in run.stages if stage not in run.stages_done]
-    for stage in waiting:
+    for stage in run.stages_waiting:
         yield _WAITING[stage] + _how_far(stage, found, resolved)
 
 

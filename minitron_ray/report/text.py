@@ -154,14 +154,16 @@ def _ties(best: Entry, ranking: Ranking) -> Iterator[str]:
         yield f"tied with the best {after}: {', '.join(tied)}"
     elif same:
         yield f"no other student ties with the best {after}"
-    left = [_name(entry) for entry in compared if entry.tied and entry.status == "completed" != best.status]
-    if left:
+    others = {
+        status: [_name(entry) for entry in compared if entry.tied and entry.status == status]
+        for status in ("completed", "stopped")
+    }
+    if best.status == "distilled" and (left := others["completed"]):
         yield f"tied with the search's best {after}, and not distilled: {', '.join(left)} (search.keep: ties)"
-    stopped = [_name(entry) for entry in compared if entry.tied and entry.status == "stopped"]
-    if stopped:
+    if stopped := others["stopped"]:
         yield (
-            f"tied with the search's best {after} where halving stopped it: {', '.join(stopped)} (search.keep: ties "
-            "trains it to the end)"
+            f"tied with the search's best {after} where halving stopped them: {', '.join(stopped)} (search.keep: ties "
+            "trains them to the end)"
         )
     yield (
         "behind the best: mean difference of losses with its 95 % interval (paired bootstrap), = where it "

@@ -54,6 +54,11 @@ class RunInfo:
     """Whether its models have random weights: it is never ranked, and no other run takes anything of it."""
 
     @property
+    def stages_waiting(self) -> tuple[str, ...]:
+        """The stages that are not done, in their order."""
+        return tuple(stage for stage in self.stages if stage not in self.stages_done)
+
+    @property
     def store(self) -> Store:
         return Store(self.folder, self.experiment, self.run_id)
 

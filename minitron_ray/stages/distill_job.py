@@ -76,8 +76,8 @@ def distill_worker(job: DistillJob, worker: Worker) -> dict[str, Any] | Again:
     where something else ended it at a checkpoint."""
     step = job.recipe.steps if _is_written(job) else _Distillation(job, worker).run()
     if step < job.recipe.steps and not worker.stopped_by_user():
-        reason = "there is room for more" if worker.regroup_requested() else "a worker was told to end"
-        reason = "a recovery is rehearsed" if job.rehearsal else reason
+        reason = "a recovery is rehearsed" if job.rehearsal else "a worker was told to end"
+        reason = "there is room for more" if worker.regroup_requested() else reason
         return Again(f"{reason}: stopped at step {step}")
     batch_tokens = job.recipe.batch * job.recipe.sequence_length
     return {"step": step, "tokens": step * batch_tokens, "interrupted": step < job.recipe.steps}

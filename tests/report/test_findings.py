@@ -133,6 +133,14 @@ def test_a_tie_with_the_search_says_nothing_of_the_distilled(concluded: Run) -> 
     assert any(line.startswith("2=") and "+0.0100 [-0.0200, +0.0400] =" in line for line in lines)
 
 
+def test_a_tie_of_one_that_halving_stopped_is_said(concluded: Run) -> None:
+    said = f"where halving stopped them: {SHAPE_C} (search.keep: ties trains them to the end)"
+    assert not any(line.endswith(said) for line in shown(concluded, 200))
+    concluded.store.append("comparisons", [comparison(C, 0.3, 0.4)], writer="conclusion", sequence=2)
+    assert any(entry.subject == C and entry.tied for entry in rank(read_info(concluded.folder)).entries)
+    assert f"tied with the search's best on 32 validation sequences {said}" in shown(concluded, 200)
+
+
 def test_agreement_of_ranks_tells_every_pair_of_rungs_once(concluded: Run) -> None:
     lines = part(shown(concluded, 120), "Agreement of ranks")
     assert [line.split() for line in lines[3:5]] == [
