@@ -77,6 +77,8 @@ class Heartbeat:
 
     def _progress(self, event: Event) -> str | None:
         stage = self._model.stages[event.fields["stage"]]
+        if stage.status != "running":
+            return None  # a worker's word that comes after the stage's end
         if event.at - self._spoke_at.get(stage.name, float("-inf")) < INTERVAL:
             return None
         self._spoke_at[stage.name] = event.at

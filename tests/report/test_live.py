@@ -250,6 +250,20 @@ def test_heartbeat_tells_progress_every_thirty_seconds() -> None:
     ]
 
 
+def test_heartbeat_says_nothing_of_a_stage_that_has_ended() -> None:
+    """A worker's last word may come after the driver's."""
+    stream = io.StringIO()
+    heartbeat = Heartbeat(stream)
+    heartbeat(Event(kind="stage_started", fields={"stage": "teacher", "unit": "sequences"}, at=0.0))
+    heartbeat(Event(kind="stage_finished", fields={"stage": "teacher", "seconds": 40.0}, at=40.0))
+    late = {"stage": "teacher", "done": 7, "total": 8, "unit": "sequences"}
+    heartbeat(Event(kind="stage_progress", fields=late, at=41.0))
+    assert [line.split("] ")[1] for line in stream.getvalue().splitlines()] == [
+        "teacher: started",
+        "teacher: finished in 40s,",
+    ]
+
+
 def slow_trials(seconds: int, names: str) -> list[str]:
     """What is said of trials that make a step of ten tokens a second, one after the other."""
     stream = io.StringIO()
