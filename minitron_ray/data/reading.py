@@ -6,7 +6,7 @@ import glob
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 SHARD: Final = 32 * 2**20
 """Bytes of a shard, about: a task of some ten seconds."""
-KNOWN: Final = 16 * 2**20
-"""Bytes from which on a file that did not change is not hashed again."""
+LARGE: Final = 16 * 2**20
+"""Bytes from which on a file is not hashed again where another one changed."""
 _DIGESTS: Final = "digests"
 _SETTLED_S: Final = 10.0
 """A file changed less long ago may change again within the same tick of its clock."""
@@ -115,21 +115,33 @@ def in_order(files: Mapping[str, StoredFile]) -> list[tuple[str, StoredFile]]:
 
 
 def content_digest(files: Mapping[str, StoredFile], cache: Cache) -> str:
-    """What the documents depend on: each file's bytes and format, in the order they are read. Local files."""
-    return digest([[Path(f.path).suffix.lower(), file_digest(f, cache)] for _, f in in_order(files)])
+    """What the documents depend on: each file's bytes and format, in the order they are read. Local files; none
+    of them is read where all are as they were when they were last hashed, by path, size and time."""
+    ordered = [file for _, file in in_order(files)]
+
+    def sha256(file: StoredFile) -> str:
+        return file_digest(file, cache) if file.size >= LARGE else file_sha256(file.path)
+
+    return _remembered(
+        "text", ordered, cache, lambda: digest([[Path(f.path).suffix.lower(), sha256(f)] for f in ordered])
+    )
 
 
 def file_digest(file: StoredFile, cache: Cache) -> str:
-    """sha256 of a local file's bytes. A large one is not read where it is as it was when it was hashed, by
-    path, size and time."""
-    if file.size < KNOWN or time.time() - file.modified / 1e9 < _SETTLED_S:
-        return file_sha256(file.path)
+    """sha256 of a local file's bytes. It is not read where it is as it was when it was hashed."""
+    return _remembered("file", [file], cache, lambda: file_sha256(file.path))
+
+
+def _remembered(what: str, files: Sequence[StoredFile], cache: Cache, make: Callable[[], str]) -> str:
+    """What `make` gave when these files were last read."""
+    if time.time() - max(file.modified for file in files) / 1e9 < _SETTLED_S:
+        return make()
 
     def fill(folder: Path) -> None:
-        (folder / "sha256").write_text(file_sha256(file.path), encoding="ascii")
+        (folder / "sha256").write_text(make(), encoding="ascii")
 
-    seen = digest([str(Path(file.path).resolve()), file.size, file.modified])
-    entry = cache.ensure(_DIGESTS, seen, {"bytes": file.size}, fill)
+    seen = digest([what, [[f.path, str(Path(f.path).resolve()), f.size, f.modified] for f in files]])
+    entry = cache.ensure(_DIGESTS, seen, {"bytes": sum(file.size for file in files)}, fill)
     return (entry / "sha256").read_text(encoding="ascii")
 
 

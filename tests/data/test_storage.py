@@ -160,18 +160,46 @@ def test_addresses_of_no_use(path: str, problem: str) -> None:
         Files(path=path)
 
 
-def test_a_large_file_is_hashed_once(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "KNOWN", 10)
-    path = tmp_path / "a.txt"
-    path.write_text("A text of some length.")
-    source = Files(path=str(path))
+def test_text_that_did_not_change_is_not_read_again(tmp_path: Path, cache: Cache) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"A text of some length, {name}.")
+    source = Files(path=str(tmp_path / "*.txt"))
     before = source.identity(tmp_path, cache)
     assert not (cache.folder / "digests").exists()  # written just now: it may change within its clock's tick
-    os.utime(path, (1_000_000_000, 1_000_000_000))
+
+    def written(name: str, seconds: int) -> None:
+        os.utime(tmp_path / f"{name}.txt", (seconds, seconds))
+
+    written("a", 1_000_000_000), written("b", 1_000_000_000)
     assert source.identity(tmp_path, cache) == before
     kept = list((cache.folder / "digests").glob("*/sha256"))
-    assert len(kept) == 1
-    kept[0].write_text("0" * 64)  # what it says is taken for true: the file is not read
-    assert source.identity(tmp_path, cache) != before
-    os.utime(path, (1_000_000_001, 1_000_000_001))
+    assert len(kept) == 1  # of all files at once, however many there are
+    kept[0].write_text("0" * 64)  # what it says is taken for true: no file is read
+    assert source.identity(tmp_path, cache)["content"] == "0" * 64
+    written("b", 1_000_000_001)
     assert source.identity(tmp_path, cache) == before
+    (tmp_path / "b.txt").write_text("A text of some length, c.")
+    written("b", 1_000_000_002)
+    assert source.identity(tmp_path, cache) not in (before, {"content": "0" * 64, "column": "text"})
+
+
+def test_a_large_file_is_not_read_again_where_another_changed(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "LARGE", 30)
+    large, small = tmp_path / "large.txt", tmp_path / "small.txt"
+    large.write_text("A text of more than thirty characters."), small.write_text("Another.")
+    os.utime(large, (1_000_000_000, 1_000_000_000)), os.utime(small, (1_000_000_000, 1_000_000_000))
+    source = Files(path=str(tmp_path / "*.txt"))
+    source.identity(tmp_path, cache)
+    [kept] = [
+        done.with_name("sha256")
+        for done in (cache.folder / "digests").glob("*/DONE.json")
+        if json.loads(done.read_text())["bytes"] == large.stat().st_size
+    ]
+    kept.write_text("0" * 64)
+    small.write_text("Another, changed.")
+    os.utime(small, (1_000_000_000, 1_000_000_000))
+    taken_for_true = source.identity(tmp_path, cache)
+    shutil.rmtree(cache.folder)
+    assert source.identity(tmp_path, cache) != taken_for_true
