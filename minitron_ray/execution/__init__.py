@@ -17,6 +17,9 @@ for _name, _value in {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our tables are the record
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is StopSignal's
+    # Of a Ray that is started here: workers that wait for work are kept, besides a search's own, so that the next
+    # stage need not import everything again.
+    "RAY_num_workers_soft_limit": str((os.cpu_count() or 1) + 3),
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }.items():
