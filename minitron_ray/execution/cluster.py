@@ -251,9 +251,13 @@ class Cluster:
         """How many groups of that size `map_groups` has at a time."""
         return max(1, min(self.concurrent_trials(), _room(size.each) // size.workers))
 
+    def trial_places(self) -> int:
+        """Processes of search trials that fit at a time."""
+        return max(1, _room(self.trial()))
+
     def concurrent_trials(self) -> int:
-        """Trials at a time: never more than have all of their processes at once, or they would wait for
-        one another for ever."""
+        """Trials of `trial_workers` processes at a time: never more than have all of their processes at once, or
+        they would wait for one another for ever."""
         room = _room(self.trial()) // self.settings.trial_workers
         return max(1, min(self.settings.concurrent_trials or room, room))
 

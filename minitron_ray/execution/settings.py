@@ -121,7 +121,8 @@ class ClusterSettings(Section):
     only node."""
     trial_workers: Annotated[int, Field(ge=1)] = 1
     """Processes of a search trial. More than one share its student (FSDP2), for candidates that one
-    device does not hold; and so what other stages run forward, see `teacher`."""
+    device does not hold, and one trains those that it holds where its memory is known (`devices`, or a GPU's own).
+    They share so what other stages run forward, see `teacher`."""
     concurrent_trials: Annotated[int, Field(ge=1)] | None = None
     """Search trials at the same time; null: as many as fit."""
     tokenizers: Annotated[int, Field(ge=1)] | None = None

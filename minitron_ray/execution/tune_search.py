@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,15 @@ class SearchRequest:
     cost: Callable[[str, dict[str, Any]], float | None]
     """The second figure of a candidate with this result; None in a search for one."""
     group: GroupSize | None = None
-    """The processes that the objective starts for each trial; None where its own is all."""
+    """The processes that the objective starts for a trial; None where the trial's own is all."""
+    alone: frozenset[str] = frozenset()
+    """Candidates whose trial is its own process even so."""
     shape: Callable[[str], str] = str
     """A candidate's name for people."""
+
+    def processes(self, candidate_id: str) -> int:
+        """That train the candidate together."""
+        return 1 if self.group is None or candidate_id in self.alone else self.group.workers
 
 
 def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) -> None:
@@ -72,12 +78,18 @@ def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) ->
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     progress = _Progress(request, record)
     progress.settle()
-    search = CohortSearcher(progress, cluster.stop)
+    places = _Places(request.processes, cluster.trial_places())
+    search = CohortSearcher(progress, cluster.stop, places)
     if search.over():
         return
-    each, group = cluster.trial(), request.group
-    # A trial of several processes only waits for them: it reserves nothing, and stays where the run is.
-    reserved = {"CPU": each.cpus, "GPU": each.gpus} if group is None else {"CPU": 0, HEAD: 0.001}
+    each = cluster.trial()
+
+    def reserved(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        if request.processes(config["candidate_id"]) == 1:
+            return tune.PlacementGroupFactory([{"CPU": each.cpus, "GPU": each.gpus}])
+        # It only waits for those that train: it takes no place, and stays where the run is.
+        return tune.PlacementGroupFactory([{"CPU": 0, HEAD: 0.001}])
+
     trainable = tune.with_resources(
         tune.with_parameters(
             _trial, objective=request.objective, reporter=cluster.hub.reporter(), threads=each.cpus
@@ -90,7 +102,7 @@ def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) ->
             search_alg=search,
             scheduler=RungScheduler(progress),
             num_samples=-1,  # the searcher says when it is over
-            max_concurrent_trials=cluster.concurrent_trials(),
+            max_concurrent_trials=min(cluster.settings.concurrent_trials or places.all, places.all),
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -224,13 +236,25 @@ class _NotPickled:
         return {}
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Never more trials than have all of their processes at once: groups would wait for one another for ever."""
+
+    processes: Callable[[str], int]
+    """Of a candidate."""
+    all: int
+
+    def has_room(self, candidate_id: str, live: Iterable[str]) -> bool:
+        return self.processes(candidate_id) + sum(map(self.processes, live)) <= self.all
+
+
 class CohortSearcher(_NotPickled, Searcher):
     """Hands out `{"candidate_id": ...}` as the cohorts say; ends with them, on the user's wish to stop, when the
     machine breaks a trial off, or when something can't be written."""
 
-    def __init__(self, progress: _Progress, stop: StopSignal) -> None:
+    def __init__(self, progress: _Progress, stop: StopSignal, places: _Places) -> None:
         super().__init__()
-        self._progress, self._stop = progress, stop
+        self._progress, self._stop, self._places = progress, stop, places
         self._live: dict[str, str] = {}
 
     def over(self) -> bool:
@@ -245,7 +269,7 @@ class CohortSearcher(_NotPickled, Searcher):
                 self._progress.settle()
         if found is FINISHED or self._progress.ends:
             return str(self.FINISHED)
-        if not isinstance(found, str):
+        if not isinstance(found, str) or not self._places.has_room(found, self._live.values()):
             return None
         self._live[trial_id] = found
         return {"candidate_id": found}

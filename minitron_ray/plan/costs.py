@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from minitron_ray.core.hardware import Hardware
 from minitron_ray.core.units import format_bytes, format_count
-from minitron_ray.distillation.signals.online import Online
 from minitron_ray.experiment import Correction, Distill, Experiment, Retrain
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.cost import forward_flops, head_flops, training_flops, weight_bytes
 from minitron_ray.models.family import Family
 from minitron_ray.plan.checkpoints import most_checkpoints
-from minitron_ray.plan.intermediate import resolve_intermediate
 from minitron_ray.plan.memory import CHECKPOINT_BYTES, Layout, Memory
 from minitron_ray.plan.rungs import first_halving, steps_text
 from minitron_ray.plan.scoring import scoring_passes
@@ -29,6 +26,7 @@ from minitron_ray.plan.tokens import (
     trials_at_rungs,
     validations_of,
 )
+from minitron_ray.plan.training_memory import TrainingMemory
 from minitron_ray.search.baselines import LARGEST, affordable
 from minitron_ray.search.space import CandidateRow
 
@@ -144,7 +142,7 @@ class _Costs:
         tokens, parameters = self._seen(correction), self.family.parameters(self.teacher)
         measured = 1 + validations_of(correction, self.length)
         trained = tokens * training_flops(self.family, self.teacher, self.length)
-        workers, passes = self.layout.workers, self._passes(correction, self.layout.workers)
+        workers, passes = self.layout.workers, self.training.passes(correction, self.layout.workers)
         return StageCost(
             stage="correct",
             what=f"{what}, kept in the cache",
@@ -218,6 +216,7 @@ class _Costs:
             what += f", of which {self.reached[-1]} go to the end"
         if (first := first_halving(self.experiment)) is not None:
             what += f", the first halving after {steps_text(first)}"
+        what += self._shared()
         what += f"; {measured / (trained + measured):.0%} of this is measuring them"
         ties = trials * self.rungs[-1] - tokens if self.ties else 0
         return StageCost(
@@ -230,6 +229,24 @@ class _Costs:
             disk_bytes=CHECKPOINT_BYTES * self.family.parameters(self.largest) * self._checkpoints(),
         )
 
+    def _shared(self) -> str:
+        """How many processes a trial has, where that is not one for all."""
+        group, shapes = self.layout.trial_workers, len(self.students)
+        if not self._mixed:
+            return "" if group == 1 else f", {group} processes each"
+        rest = f", {group} each for the others" if self._alone < shapes else ""
+        return f", one process each for {self._alone} of {shapes} shapes{rest}"
+
+    @property
+    def _mixed(self) -> bool:
+        """Whether trials may be groups, but not all of them are."""
+        return self.layout.trial_workers > 1 and self._alone > 0
+
+    @cached_property
+    def _alone(self) -> int:
+        """How many shapes one process trains."""
+        return sum(map(self.training.alone, self.students))
+
     def _checkpoints(self) -> int:
         """Of trials: of those in training, and of those that wait at a rung. Where nothing is halved none waits."""
         search = self.experiment.searched
@@ -240,7 +257,7 @@ class _Costs:
             cohorts,
             self._kept_checkpoints,
             keep_stopped=search.keep == "ties",
-            at_once=self.layout.trials_at_once,
+            at_once=None if self._mixed else self.layout.trials_at_once,
         )
 
     @property
@@ -361,36 +378,12 @@ class _Costs:
 
     @cached_property
     def _trial_bytes(self) -> int:
-        """Memory of one process of a trial."""
-        group, retrain = self.layout.trial_workers, self.experiment.searched.retrain
-        size = self._training_bytes(retrain, group if group > 1 else None, self.online)
-        return size if self.online else size + self.memory.head(self.teacher)
+        """Memory of one process of a trial, of the student that takes the most of it."""
+        return max(self.training.trial(arch) for arch in self.students)
 
-    def _training_bytes(self, section: Retrain | Distill, group: int | None, online: bool) -> int:
-        """Of the student that takes the most of one process, and of a teacher that runs beside it."""
-        memory, teacher, passes = self.memory, self.teacher, self._passes(section, group or 1)
-        pairs = {layers: self._pairs(section, layers) for layers in {arch.layers for arch in self.students}}
-        return max(
-            memory.training(
-                arch,
-                group,
-                passes,
-                lifted=teacher.hidden if pairs[arch.layers] and arch.hidden != teacher.hidden else None,
-                pairs=pairs[arch.layers],
-                compared=teacher.hidden,
-            )
-            + (memory.teaching(teacher, group, arch) if online else 0)
-            for arch in self.students
-        )
-
-    def _pairs(self, section: Retrain | Distill, layers: int) -> int:
-        """Of hidden states that a student of so many layers is to match."""
-        found = resolve_intermediate(section, self.family, self.teacher.layers, layers)
-        return 0 if found is None else len(found.pairs)
-
-    def _passes(self, section: Retrain | Distill | Correction, workers: int) -> int:
-        """Of a worker, in an optimizer step."""
-        return math.ceil(math.ceil(section.batch / workers) / self.layout.micro_batch)
+    def _training_bytes(self, section: Distill, group: int, online: bool) -> int:
+        """The same of a distillation."""
+        return max(self.training.student(section, arch, group, online) for arch in self.students)
 
     @property
     def _beside(self) -> int:
@@ -458,15 +451,17 @@ class _Costs:
     def signal(self) -> SignalCost:
         return next(c for c in signal_costs(self.experiment, self.family, self.teacher) if c.chosen)
 
-    @property
-    def online(self) -> bool:
-        return isinstance(self.signal.signal, Online)
+    @cached_property
+    def training(self) -> TrainingMemory:
+        return TrainingMemory.of(self.experiment, self.family, self.teacher, self.layout)
 
     @property
     def memory(self) -> Memory:
-        return Memory(
-            family=self.family, length=self.length, precision=self.experiment.precision, layout=self.layout
-        )
+        return self.training.memory
+
+    @property
+    def online(self) -> bool:
+        return self.training.online
 
 
 def _more(ties: int) -> str:

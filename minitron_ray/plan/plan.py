@@ -18,6 +18,7 @@ from minitron_ray.plan.intermediate import check_intermediate
 from minitron_ray.plan.memory import Layout
 from minitron_ray.plan.shape import fixed_shape
 from minitron_ray.plan.signal import finds_correction, finds_signal
+from minitron_ray.plan.training_memory import TrainingMemory
 from minitron_ray.search.space import Candidate, CandidateRow, enumerate_candidates
 
 
@@ -96,6 +97,12 @@ class Plan:
             corrected_by=next((one.experiment.name for one in before if self._corrected_by(one)), None),
         )
         return timed(found, hardware)
+
+    def alone(self, layout: Layout) -> frozenset[str]:
+        """The candidates whose trial is one process; those of the others are shared."""
+        training = TrainingMemory.of(self.experiment, self.family, self.teacher, layout)
+        shapes = ((row.candidate.id, row.candidate.architecture(self.start)) for row in self.feasible)
+        return frozenset(name for name, arch in shapes if training.alone(arch))
 
     def _corrected_by(self, before: Plan) -> bool:
         """Whether a plan that is run before makes the corrected teacher of this one."""

@@ -6,10 +6,12 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 
 from minitron_ray.execution.tune_search import SearchRequest, run_search
 from minitron_ray.plan import Plan
@@ -24,6 +26,7 @@ from minitron_ray.search.sampler import SearchSampler
 from minitron_ray.search.study import write_study
 from minitron_ray.stages.choice import choose, search_rows, sequence_losses
 from minitron_ray.stages.context import Context
+from minitron_ray.stages.hardware import known_hardware, layout_of
 from minitron_ray.stages.importance import read_scores
 from minitron_ray.stages.objectives import Cost
 from minitron_ray.stages.reuse import reopen
@@ -31,6 +34,7 @@ from minitron_ray.stages.setting import Setting
 from minitron_ray.stages.trial import Objective
 from minitron_ray.stages.trial_record import Record
 from minitron_ray.stages.zero_shot import read_zero_shot
+from minitron_ray.weights.device import local_device
 
 _SHOW_S: Final = 10.0
 """Between two writes of the study while trials run: one of many trials takes a while."""
@@ -46,6 +50,7 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
     checkpoints = (context.run.folder / "trials").resolve()
     sampler = sampler_for(search.sampler, len(plan.feasible), search.trials)
     cost, group = Cost(plan), context.cluster.trial_group()
+    alone = frozenset[str]() if group is None else _alone(context, plan)
     objective = Objective(
         setting=setting,
         scores=read_scores(context),
@@ -54,6 +59,7 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
         checkpoints=checkpoints,
         latency=cost.name == "latency",
         group=group,
+        alone=alone,
     )
     proposer = _Proposer(context, plan, sampler)
     cohorts = _cohorts(plan, store, proposer, cost)
@@ -70,6 +76,7 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
         cohorts=cohorts,
         cost=cost,
         group=group,
+        alone=alone,
         shape=lambda candidate_id: plan.candidate(candidate_id).shape_text(),
     )
     run_search(context.cluster, request, record)
@@ -77,6 +84,29 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
     context.check_stop()
     shutil.rmtree(checkpoints, ignore_errors=True)
     return choose(plan, store, cost)
+
+
+def _alone(context: Context, plan: Plan) -> frozenset[str]:
+    """The candidates that one device holds, of a search whose trials are groups else. Of GPUs that nothing is
+    known of one is asked for its memory."""
+    cluster = context.cluster
+    hardware = known_hardware(cluster.settings, context.cache, plan)
+    layout = layout_of(cluster.settings, hardware)
+    if layout.memory is None and cluster.gpus:
+        layout = replace(layout, accelerator=True, memory=cluster.call(_memory_of_a_gpu))
+    alone = plan.alone(layout)
+    if alone:
+        context.events.emit(
+            "note",
+            text=f"of {len(plan.feasible)} shapes one device holds {len(alone)}: each of them trains in one process, "
+            f"the others in groups of {cluster.settings.trial_workers}",
+        )
+    return alone
+
+
+def _memory_of_a_gpu(report: Callable[..., None]) -> int:
+    """On a worker: bytes of the GPU that it has."""
+    return int(torch.cuda.get_device_properties(local_device()).total_memory)
 
 
 def _cohorts(plan: Plan, store: Store, proposer: _Proposer, cost: Cost) -> Cohorts:

@@ -243,7 +243,9 @@ class Objective:
     latency: bool = False
     """Whether the time of a forward pass is to be measured, too."""
     group: GroupSize | None = None
-    """The processes that share the student; None where the trial's own trains it."""
+    """The processes that share a student; None where the trial's own trains each."""
+    alone: frozenset[str] = frozenset()
+    """Candidates that the trial's own process trains even so."""
 
     def __call__(
         self, candidate_id: str, report_rung: Callable[[dict[str, Any]], None], reporter: Any
@@ -257,8 +259,10 @@ class Objective:
         reporter(
             "trial_started", candidate_id=candidate_id, shape=candidate.shape_text(), parameters=parameters
         )
-        with told_of_memory(setting, candidate.shape_text()):
-            if self.group is not None:
+        # Alone because it was thought to fit: in a group it does.
+        share = "lower devices.memory" if candidate_id in self.alone else "raise trial_workers"
+        with told_of_memory(setting, candidate.shape_text(), share):
+            if self.group is not None and candidate_id not in self.alone:
                 self._in_group(candidate, report_rung, reporter)
             else:
                 self._alone(candidate, report_rung, reporter)
@@ -316,8 +320,9 @@ class Objective:
 
 
 @contextmanager
-def told_of_memory(setting: Setting, student: str) -> Iterator[None]:
-    """Within it, memory that cannot be had is told as a shortage for training `student`, and what would do.
+def told_of_memory(setting: Setting, student: str, share: str = "raise trial_workers") -> Iterator[None]:
+    """Within it, memory that cannot be had is told as a shortage for training `student`, and what would do: among
+    others to `share` it.
 
     Raises EnvironmentFailure for it, and any other error as it is.
     """
@@ -333,8 +338,8 @@ def told_of_memory(setting: Setting, student: str) -> Iterator[None]:
         remedies += [] if setting.engine.recompute else ["set activation_checkpointing: true"]
         raise EnvironmentFailure(
             f"{student} at micro_batch {setting.micro_batch} needs more memory than there is for a trial: {shortage}; "
-            f"{', '.join(remedies)}{' or ' if remedies else ''}raise trial_workers in the cluster file, then run the "
-            "same command again"
+            f"{', '.join(remedies)}{' or ' if remedies else ''}{share} in the cluster file, then run the same "
+            "command again"
         ) from error
 
 

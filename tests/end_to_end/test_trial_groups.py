@@ -1,14 +1,20 @@
-"""Trials of two processes each, baselines like them, and a teacher that two processes share: the same losses
-as in one, the same bytes of the teacher, and none waits for another's place for ever."""
+"""A trial of two processes beside one of one, baselines of two, and a teacher that two processes share: the same
+losses as in one, the same bytes of the teacher, and none waits for another's place for ever."""
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minitron_ray.core.loading import load
+from minitron_ray.experiment import Experiment
+from minitron_ray.plan import Layout, make_plan
+from minitron_ray.plan.training_memory import FITS, TrainingMemory
 from tests.end_to_end.desk import HEAD, Desk
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -40,11 +46,21 @@ def run(desk: Desk) -> set[str]:
     return groups
 
 
-def groups_of(rows: list[dict[str, Any]]) -> int:
-    """How many groups these rows come from: one a rung of a trial, one for all cuts that are scored, as trials
-    run one at a time, one a baseline that is trained. And two that share the teacher: one stores its signal,
-    one evaluates."""
-    rungs = [row for row in rows if row["origin"] == "search" and row["tokens"]]
+def memory_for(desk: Desk, name: str) -> int:
+    """Bytes of the smallest device that holds this candidate's trial, by what is counted."""
+    experiment = load(desk.folder / "tiny.yaml", Experiment)[0]
+    plan = make_plan(experiment, json.loads((desk.folder / "model" / "config.json").read_text()))
+    training = TrainingMemory.of(experiment, plan.family, plan.teacher, Layout(accelerator=True))
+    return math.ceil(training.trial(plan.candidate(name).architecture(plan.start)) / FITS)
+
+
+def groups_of(rows: list[dict[str, Any]], alone: str) -> int:
+    """How many groups these rows come from: one a rung of a trial that is not alone, one for all cuts that are
+    scored, as groups work one at a time, one a baseline that is trained. And two that share the teacher: one
+    stores its signal, one evaluates."""
+    rungs = [
+        row for row in rows if row["origin"] == "search" and row["tokens"] and row["candidate_id"] != alone
+    ]
     cuts = any(row["origin"] == "largest_first" and row["rung"] == 0 for row in rows)
     others = [row for row in rows if row["origin"] != "search" and row["status"] == "completed"]
     return len(rungs) + cuts + sum(not row["copied"] for row in others) + 2
@@ -58,19 +74,23 @@ def stored(desk: Desk) -> dict[str, bytes]:
 
 @pytest.mark.timeout(900)
 def test_a_group_trains_as_one_process_does(tmp_path: Path, tiny_llama: Path, tiny_text: Path) -> None:
-    found, signals, evaluations = {}, {}, {}
-    for name, workers in (("one", 1), ("group", 2)):
+    found, signals, evaluations, alone = {}, {}, {}, ""
+    for name in ("one", "group"):
         desk = Desk.lay(tmp_path / name, tiny_llama, tiny_text)
         (desk.folder / "tiny.yaml").write_text(SEARCH)
-        # Two trials want to run at a time; on two CPUs only one has both of its processes.
-        settings = (
-            f"trial_workers: {workers}\ntrial: {{cpus: 1}}\nteacher: {'sharded' if workers > 1 else 'auto'}\n"
-        )
+        settings = "trial: {cpus: 1}\n"
+        if name == "group":
+            # Two trials want to run at a time; on two CPUs there is no room for three processes.
+            settings += "trial_workers: 2\nteacher: sharded\n"
+            settings += f"devices: {{flops: 1B, memory: {memory_for(desk, alone)}}}\n"
         (desk.folder / "cluster.yaml").write_text(settings)
         groups = run(desk)
         rows = desk.rows("trials")
         found[name] = {(row["origin"], row["candidate_id"], row["tokens"]): row for row in rows}
-        assert len(groups) == (groups_of(rows) if workers > 1 else 0)
+        if name == "one":
+            sizes = {row["candidate_id"]: row["parameters"] for row in desk.rows("candidates")}
+            alone = min((row["candidate_id"] for row in rows if row["origin"] == "search"), key=sizes.get)
+        assert len(groups) == (groups_of(rows, alone) if name == "group" else 0)
         assert not (desk.run_folder() / "trials").exists()
         signals[name] = stored(desk)
         measured = desk.rows("evaluations")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from minitron_ray.cli.planning import plan_files
 from minitron_ray.core.hardware import Hardware
 from minitron_ray.plan import Layout, Plan, StageCost
 from minitron_ray.plan.tokens import cohorts_of, rung_tokens, trials_at_rungs, validations_of
+from minitron_ray.plan.training_memory import TrainingMemory
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -166,6 +169,28 @@ def test_a_group_keeps_two_checkpoints(halving: str, at_once: int, held: int) ->
     )
     largest = max(row.parameters for row in plan.feasible)
     assert stage(plan, "search", layout=layout).disk_bytes == held * 12 * largest
+
+
+def test_a_shape_that_one_device_holds_is_not_shared() -> None:
+    plan = planned(*HALVED)
+    one = Layout(accelerator=True)
+    training = TrainingMemory.of(plan.experiment, plan.family, plan.teacher, one)
+    sizes = sorted(
+        (training.trial(row.candidate.architecture(plan.start)), row.candidate.id) for row in plan.feasible
+    )
+    place = len(sizes) // 2
+    assert sizes[place - 1][0] < sizes[place][0]
+    shared = replace(one, trial_workers=2, memory=math.ceil(sizes[place - 1][0] / 0.8))
+    assert plan.alone(shared) == {name for _, name in sizes[:place]}
+    search = stage(plan, "search", layout=shared)
+    assert f", one process each for {place} of {len(sizes)} shapes, 2 each for the others" in search.what
+    # A process of the largest pair takes less than the largest that is alone, or it would not be shared.
+    assert search.memory_bytes is not None and sizes[place - 1][0] <= search.memory_bytes < sizes[-1][0]
+    for unknown in ({"memory": None}, {"accelerator": False}):
+        layout = replace(shared, **unknown)
+        assert not plan.alone(layout)
+        assert ", 2 processes each" in stage(plan, "search", layout=layout).what
+    assert plan.alone(one) == {name for _, name in sizes}
 
 
 def test_distillation_counts_its_validations() -> None:
