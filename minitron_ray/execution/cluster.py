@@ -14,6 +14,7 @@ from minitron_ray.core.errors import EnvironmentFailure, Interrupted
 from minitron_ray.core.events import EventBus
 from minitron_ray.execution.nodes import check_nodes
 from minitron_ray.execution.ray_start import cluster_address, keep_logs, link_logs, start_ray
+from minitron_ray.execution.room import fit, nodes, room_for, smallest
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
 
@@ -104,9 +105,9 @@ class Cluster:
             self._session = Path(str(info["session_dir"]))
             link_logs(self._session, self.folder / "logs")
         self._hub = Hub(self.events.emit)
+        self.workers(), self.trial_group()  # what does not fit is said before anything is computed
         if address is not None:
             self.check_joined()
-        self.workers(), self.trial_group()  # what does not fit is said before anything is computed
 
     @property
     def gpus(self) -> int:
@@ -129,7 +130,7 @@ class Cluster:
 
     def mappers(self) -> int:
         """How many of them there are at a time."""
-        return self.workers() if self.settled else _room(self.mapper())
+        return self.workers() if self.settled else room_for(self.mapper())
 
     @property
     def settled(self) -> bool:
@@ -146,48 +147,56 @@ class Cluster:
         if self.gpus:
             return Resources(gpus=1)
         least, _ = self.settings.worker_range or (1, 1)
-        fitting = (cpus for cpus in range(_smallest(), 0, -1) if _room(Resources(cpus=cpus)) >= least)
+        fitting = (cpus for cpus in range(smallest(), 0, -1) if room_for(Resources(cpus=cpus)) >= least)
         return Resources(cpus=next(fitting, 1))
 
     def _fair(self) -> Resources:
         """A GPU each where there are any; else the CPUs of a node, the smallest, or half of those of the only one."""
         if self.gpus:
             return Resources(gpus=1)
-        alone = sum(node.get("CPU", 0) >= 1 for node in _nodes()) == 1
-        return Resources(cpus=max(1, _smallest() // 2 if alone else _smallest()))
+        alone = sum(node.get("CPU", 0) >= 1 for node in nodes()) == 1
+        return Resources(cpus=max(1, smallest() // 2 if alone else smallest()))
 
     def workers(self) -> int:
-        """How many processes distill, as of now: of a range as many as there is room for."""
-        least, most = self.worker_range()
-        each, room = self.worker(), self.room()
-        if least > room:
+        """How many processes distill, as of now: of a range as many as there is room for. A cluster that makes nodes
+        is asked for those that are missing, and waited for."""
+        from minitron_ray.execution.demand import await_nodes
+
+        self.connect()
+        await_nodes(self)
+        self.check_room()
+        return min(self.worker_range()[1], self.room())
+
+    def check_room(self) -> None:
+        """Raises EnvironmentFailure where there is none for the least number of workers."""
+        (least, _), each = self.worker_range(), self.worker()
+        if least > self.room():
             raise EnvironmentFailure(
                 f"{least} workers of {each.cpus} CPUs and {each.gpus} GPUs do not fit a cluster of {self.cpus} "
                 f"CPUs and {self.gpus} GPUs; lower `workers` in the cluster file"
             )
-        return min(most, room)
 
     def worker_range(self) -> tuple[int, int]:
         """The least and the most processes that distill together; the cluster's choice is made once."""
         if self._range is None:
-            chosen = self.gpus or sum(_fit(node, self.worker()) > 0 for node in _nodes())
+            chosen = self.gpus or sum(fit(node, self.worker()) > 0 for node in nodes())
             self._range = self.settings.worker_range or (chosen, chosen)
         return self._range
 
     def room(self) -> int:
         """How many workers fit on the nodes that there are now, were nothing else on them."""
-        return _room(self.worker())
+        return room_for(self.worker())
 
     def free(self) -> int:
         """The same beside what is in use at this moment, of this run or of others. It lags behind by a second or
         two where something has just ended."""
         from ray._private.state import available_resources_per_node
 
-        return sum(_fit(node, self.worker()) for node in available_resources_per_node().values())
+        return sum(fit(node, self.worker()) for node in available_resources_per_node().values())
 
     def together(self) -> int:
         """The most processes of `map` that may share one node's memory."""
-        return min(self.mappers(), max(_fit(node, self.mapper()) for node in _nodes()))
+        return min(self.mappers(), max(fit(node, self.mapper()) for node in nodes()))
 
     def reconnect(self) -> None:
         """After the cluster's head was lost: joins the one that answers at the same address, or starts Ray
@@ -228,7 +237,7 @@ class Cluster:
         workers, each = self.settings.trial_workers, self.trial()
         if workers == 1:
             return None
-        if workers > _room(each):
+        if workers > room_for(each):
             raise EnvironmentFailure(
                 f"a search trial of {workers} workers with {each.cpus} CPUs and {each.gpus} GPUs each does not fit "
                 f"a cluster of {self.cpus} CPUs and {self.gpus} GPUs; lower `trial_workers` in the cluster file"
@@ -249,16 +258,16 @@ class Cluster:
 
     def groups(self, size: GroupSize) -> int:
         """How many groups of that size `map_groups` has at a time."""
-        return max(1, min(self.concurrent_trials(), _room(size.each) // size.workers))
+        return max(1, min(self.concurrent_trials(), room_for(size.each) // size.workers))
 
     def trial_places(self) -> int:
         """Processes of search trials that fit at a time."""
-        return max(1, _room(self.trial()))
+        return max(1, room_for(self.trial()))
 
     def concurrent_trials(self) -> int:
         """Trials of `trial_workers` processes at a time: never more than have all of their processes at once, or
         they would wait for one another for ever."""
-        room = _room(self.trial()) // self.settings.trial_workers
+        room = room_for(self.trial()) // self.settings.trial_workers
         return max(1, min(self.settings.concurrent_trials or room, room))
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -267,7 +276,7 @@ class Cluster:
         Raises what the function raised; Interrupted when the user asked to stop meanwhile.
         """
         hub = self.hub
-        node = max(_nodes(), key=lambda resources: (resources.get("GPU", 0) > 0, resources.get("CPU", 0)))
+        node = max(nodes(), key=lambda resources: (resources.get("GPU", 0) > 0, resources.get("CPU", 0)))
         all_of_it = Resources(cpus=int(node.get("CPU", 1)), gpus=min(1, int(node.get("GPU", 0))))
         [result] = self._run(function, [(*arguments, hub.reporter())], all_of_it, at_once=1)
         return result
@@ -374,11 +383,11 @@ class Cluster:
 
     def _total(self, resource: str) -> float:
         self.connect()
-        return sum(node.get(resource, 0) for node in _nodes())
+        return sum(node.get(resource, 0) for node in nodes())
 
     def _checked(self, what: str, resources: Resources) -> Resources:
         self.connect()
-        if not _room(resources):
+        if not room_for(resources):
             raise EnvironmentFailure(
                 f"no node has the {resources.cpus} CPUs and {resources.gpus} GPUs that `{what}` asks for "
                 f"(cluster: {self.cpus} CPUs, {self.gpus} GPUs); lower them in the cluster file"
@@ -401,28 +410,6 @@ def _end(tasks: list[Any]) -> None:
     if tasks:
         for task in ray.wait(tasks, num_returns=len(tasks), timeout=0)[1]:
             ray.cancel(task, force=True)
-
-
-def _nodes() -> list[dict[str, float]]:
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _smallest() -> int:
-    """CPUs of the node that has the fewest."""
-    return int(min((node["CPU"] for node in _nodes() if node.get("CPU", 0) >= 1), default=1))
-
-
-def _room(each: Resources) -> int:
-    """How many processes that reserve `each` fit, node by node."""
-    return sum(_fit(node, each) for node in _nodes())
-
-
-def _fit(node: dict[str, float], each: Resources) -> int:
-    """How many of them fit one node."""
-    fit = int(node.get("CPU", 0)) // each.cpus
-    return min(fit, int(node.get("GPU", 0)) // each.gpus) if each.gpus else fit
 
 
 def root_cause(error: BaseException) -> BaseException:

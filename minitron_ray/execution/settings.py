@@ -111,7 +111,11 @@ class ClusterSettings(Section):
     """Processes of the distillation; null: one a GPU, else one a node. A range (`1..8`) goes on with fewer when
     a node is lost, and takes new ones in at a checkpoint."""
     wait_for_workers: Annotated[float, Field(ge=0)] = 600.0
-    """Seconds that a distillation waits where there is room for less than the least number of workers."""
+    """Seconds that a distillation waits where there is room for less than the least number of workers, and any run
+    for nodes that it asked for (`autoscale`)."""
+    autoscale: bool = False
+    """Whether the cluster makes nodes for what waits for a place, as those of Ray's launcher and of KubeRay do: a
+    run asks for the room of `workers`, and of `concurrent_trials`, and waits for the least of it."""
     checkpoints: CheckpointSettings = CheckpointSettings()
     """Of the distillation."""
     worker: Resources | None = None
@@ -153,6 +157,15 @@ class ClusterSettings(Section):
             raise ValueError(
                 f"trial.gpus is {self.trial.gpus}, but a process trains on one device; set it to 1, and "
                 f"trial_workers to as many devices as a trial needs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_to_ask_for(self) -> Self:
+        if self.autoscale and (self.workers is None or self.worker is None):
+            raise ValueError(
+                "autoscale: true asks the cluster for nodes by what a run needs; give workers (2, or 1..8) and "
+                "worker: {cpus, gpus}"
             )
         return self
 

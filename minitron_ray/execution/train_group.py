@@ -27,6 +27,7 @@ from torch.distributed import DistError
 
 from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError
 from minitron_ray.execution.cluster import Cluster, GroupSize, root_cause
+from minitron_ray.execution.demand import Demand
 from minitron_ray.execution.failures import first_line, told
 from minitron_ray.execution.termination import TerminableTorch, terminated
 from minitron_ray.execution.threads import with_threads
@@ -131,10 +132,16 @@ class _Attempts:
     ) -> None:
         self._cluster, self._function, self._job, self._saved = cluster, function, job, saved
         self._failures, self._reached, self._last = 0, saved(), ""
+        self._demand = Demand()
 
     def run(self) -> Any:
+        with self._demand:
+            return self._run()
+
+    def _run(self) -> Any:
         while True:
             workers = self._workers()
+            self._demand.withdraw()  # what was kept is for them
             try:
                 value = self._attempt(workers)
             except _RETRIED as error:
@@ -152,7 +159,7 @@ class _Attempts:
         _, most = cluster.worker_range()
         size = GroupSize(workers=workers, each=cluster.worker(), storage=cluster.storage.resolve())
         trainer = _trainer(name, size, self._function, self._job, cluster.hub.reporter())
-        grow = _Growth(cluster, name, workers).look if workers < most else lambda: None
+        grow = _Growth(cluster, name, workers, self._demand).look if workers < most else lambda: None
         return _Fit(trainer, cluster, grow).wait()
 
     def _count(self, error: BaseException) -> None:
@@ -186,9 +193,11 @@ class _Attempts:
                 return min(free, most)
             if self._cluster.stop.requested:
                 raise Interrupted("stopped by request")
+            if self._cluster.settings.autoscale and free < least:
+                self._demand.ask(self._cluster.worker(), least)
             lacking = room < least or released
             if lacking and waited > self._cluster.settings.wait_for_workers:
-                self._cluster.workers()  # says what does not fit
+                self._cluster.check_room()
                 raise EnvironmentFailure(
                     f"there is room for {free} of at least {least} workers; add nodes, or lower `workers` in the "
                     f"cluster file, then run it again: it goes on from what is saved"
@@ -203,21 +212,23 @@ class _Attempts:
         """How many workers fit on the nodes, and how many beside what is in use."""
         cluster = self._cluster
         if self._failures and not cluster.alive():
+            self._demand.forget()
             try:
                 cluster.reconnect()
             except EnvironmentFailure:
                 return 0, 0
-        return cluster.room(), cluster.free()
+        return cluster.room(), cluster.free() + self._demand.placed(cluster.worker())
 
     def _say(self, text: str) -> None:
         self._cluster.events.emit("note", text=text)
 
 
 class _Growth:
-    """Asks a group to begin again once there has been room for more workers for a while, that nobody else uses."""
+    """Asks a group to begin again once there has been room for more workers for a while, that nobody else uses. A
+    cluster that makes nodes is asked for that room."""
 
-    def __init__(self, cluster: Cluster, name: str, workers: int) -> None:
-        self._cluster, self._name, self._workers = cluster, name, workers
+    def __init__(self, cluster: Cluster, name: str, workers: int, demand: Demand) -> None:
+        self._cluster, self._name, self._workers, self._demand = cluster, name, workers, demand
         self._since: float | None = None
         self._looked = time.monotonic()
         self._asked = False
@@ -228,7 +239,7 @@ class _Growth:
             return
         self._looked = now
         try:
-            more = min(self._cluster.free(), self._cluster.room() - self._workers)
+            more = self._room()
         except _RETRIED:
             return  # the group itself finds out whether Ray is gone
         if more <= 0:
@@ -237,6 +248,15 @@ class _Growth:
             self._since = now
         elif now - self._since >= _GROW_AFTER_S:
             self._ask()
+
+    def _room(self) -> int:
+        """For how many workers more there is room."""
+        cluster = self._cluster
+        each, free, room = cluster.worker(), cluster.free(), cluster.room()
+        free += self._demand.placed(each)
+        if cluster.settings.autoscale and free + self._workers <= room:  # the group has its own places by now
+            self._demand.ask(each, cluster.worker_range()[1] - self._workers)
+        return min(free, room - self._workers)
 
     def _ask(self) -> None:
         self._asked = True

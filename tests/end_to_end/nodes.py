@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -52,7 +53,8 @@ class Nodes:
             _end(node)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def head(self, *options: str, cpus: int = 1) -> None:
+    def head(self, *options: str, cpus: int = 1, made: int = 0) -> None:
+        """With Ray's autoscaler it makes up to `made` nodes of one CPU, when they are asked for."""
         # All named: of Ray's own choice the dashboard's is any other Ray's on this machine, and a head waits a
         # minute for a dashboard that finds its port taken, after which it ends as a whole.
         port, dashboard, client, agent, grpc = free_ports(5)
@@ -68,8 +70,51 @@ class Nodes:
             f"--dashboard-agent-grpc-port={grpc}",
             f"--temp-dir={self._folder}",
             "--disable-usage-stats",
+            *([f"--autoscaling-config={self._makes(made)}"] if made else []),
             *options,
         )
+
+    def _makes(self, most: int) -> Path:
+        """Of the launcher's configuration what Ray's provider of nodes on this machine needs."""
+        types = {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "made": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": most},
+        }
+        provider = {
+            "type": "fake_multinode",
+            "gcs_address": self.address,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        }
+        lists = (
+            "initialization",
+            "setup",
+            "head_setup",
+            "worker_setup",
+            "head_start_ray",
+            "worker_start_ray",
+        )
+        config = {
+            "cluster_name": "made",
+            "max_workers": most,
+            "idle_timeout_minutes": 5,
+            "upscaling_speed": 1.0,
+            "provider": provider,
+            "available_node_types": types,
+            "head_node_type": "ray.head.default",
+            "auth": {},
+            "docker": {},
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            "file_mounts_sync_continuously": False,
+            "rsync_exclude": [],
+            "rsync_filter": [],
+            **{f"{name}_commands": [] for name in lists},
+        }
+        file = self._folder / "autoscaler.yaml"
+        file.write_text(json.dumps(config))
+        return file
 
     def join(self, cpus: int = 1) -> None:
         self._start(f"--address={self.address}", f"--num-cpus={cpus}")
@@ -82,6 +127,7 @@ class Nodes:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                env=os.environ | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
             )
         self._nodes.append(node)
         look = [sys.executable, "-c", ALIVE, self.address, str(len(self._nodes))]

@@ -24,6 +24,8 @@ class Counting:
     every: int = 5
     pause: float = 0.1
     fails: bool = False
+    least: int = 1
+    """With fewer workers it goes on behind `steps`, for two minutes."""
 
     def saved(self) -> int:
         file = self.folder / "saved"
@@ -41,7 +43,10 @@ class Counting:
 def count(job: Counting, worker: Worker) -> dict[str, int] | Again:
     """The last step, and by how many workers it was made."""
     step = job.saved()
-    while step < job.steps:
+    last = job.steps
+    if job.least > 1:
+        last = max(last, step + 1) if worker.world >= job.least else round(120 / job.pause)
+    while step < last:
         time.sleep(job.pause)
         if job.fails and step == 1:
             raise RuntimeError("sizes 3 and 4 do not match")
@@ -56,8 +61,8 @@ def count(job: Counting, worker: Worker) -> dict[str, int] | Again:
             line = {"step": step, "workers": worker.world, "processes": processes.tolist()}
             with (job.folder / "log").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
-            if step % job.every == 0 or stop or step == job.steps:
+            if step % job.every == 0 or stop or step == last:
                 job.save(step)
-        if step < job.steps and (stop or (regroup and step % job.every == 0)):
+        if step < last and (stop or (regroup and step % job.every == 0)):
             return {"step": step, "workers": 0} if worker.stopped_by_user() else Again(f"left at step {step}")
     return {"step": step, "workers": worker.world}

@@ -8,6 +8,7 @@ import pytest
 
 from minitron_ray.core.events import EventBus
 from minitron_ray.execution import cluster as module
+from minitron_ray.execution import room
 from minitron_ray.execution.cluster import Cluster
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
@@ -21,7 +22,8 @@ def cluster(
     nodes: list[dict[str, float]], settings: ClusterSettings, folder: Path, patch: pytest.MonkeyPatch
 ) -> Cluster:
     """Of Ray it knows its nodes alone."""
-    patch.setattr(module, "_nodes", lambda: nodes)
+    for where in (module, room):
+        patch.setattr(where, "nodes", lambda: nodes)
     made = Cluster(settings, folder, EventBus(), StopSignal())
     made._hub = object()  # connected
     return made

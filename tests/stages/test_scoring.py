@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minitron_ray.data.splits import Splits
-from minitron_ray.execution.cluster import _fit
+from minitron_ray.execution.room import fit
 from minitron_ray.execution.settings import Resources
 from minitron_ray.experiment import Experiment
 from minitron_ray.stages.scoring import Work, fits, worthwhile
@@ -100,7 +100,7 @@ def test_weights_are_held_against_the_devices_memory(
     ],
 )
 def test_workers_of_one_node(node: dict[str, float], each: Resources, expected: int) -> None:
-    assert _fit(node, each) == expected
+    assert fit(node, each) == expected
 
 
 def test_no_process_is_started_that_would_do_less_than_its_start_takes() -> None:
