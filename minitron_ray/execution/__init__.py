@@ -21,6 +21,7 @@ for _name, _value in {
     # stage need not import everything again.
     "RAY_num_workers_soft_limit": str((os.cpu_count() or 1) + 3),
     "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread of Ray's that outlives a lost cluster would start another
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }.items():
     os.environ.setdefault(_name, _value)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from minitron_ray.core.errors import EnvironmentFailure, Interrupted
 from minitron_ray.core.events import EventBus
+from minitron_ray.execution.head import HeadWatch
 from minitron_ray.execution.nodes import check_nodes
 from minitron_ray.execution.ray_start import cluster_address, keep_logs, link_logs, start_ray
-from minitron_ray.execution.room import fit, nodes, room_for, smallest
+from minitron_ray.execution.room import alive, fit, free, nodes, room_for, smallest
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
 
@@ -56,6 +57,7 @@ class Cluster:
         self.folder = folder
         self.shared = folder if shared is None else shared
         self._hub: Any = None
+        self._head: HeadWatch | None = None
         self._session: Path | None = None
         self._range: tuple[int, int] | None = None
         self._each: Resources | None = None
@@ -71,6 +73,8 @@ class Cluster:
             return
         import ray
 
+        if self._head is not None:
+            self._head.close()
         self._hub.close()
         ray.shutdown()
         shutil.rmtree(self.storage, ignore_errors=True)  # nothing of Ray's own state is read again
@@ -105,6 +109,8 @@ class Cluster:
             self._session = Path(str(info["session_dir"]))
             link_logs(self._session, self.folder / "logs")
         self._hub = Hub(self.events.emit)
+        if address is not None:
+            self._head = HeadWatch(str(info["gcs_address"]), lambda text: self.events.emit("note", text=text))
         self.workers(), self.trial_group()  # what does not fit is said before anything is computed
         if address is not None:
             self.check_joined()
@@ -188,11 +194,8 @@ class Cluster:
         return room_for(self.worker())
 
     def free(self) -> int:
-        """The same beside what is in use at this moment, of this run or of others. It lags behind by a second or
-        two where something has just ended."""
-        from ray._private.state import available_resources_per_node
-
-        return sum(fit(node, self.worker()) for node in available_resources_per_node().values())
+        """The same beside what is in use at this moment, of this run or of others."""
+        return free(self.worker())
 
     def together(self) -> int:
         """The most processes of `map` that may share one node's memory."""
@@ -208,9 +211,17 @@ class Cluster:
             self._abandon()  # so that the next try looks at everything anew
             raise
 
+    def check_head(self) -> None:
+        """Raises HeadLost where the head of a cluster that was joined is gone."""
+        if self._head is not None:
+            self._head.check()
+
     def _abandon(self) -> None:
         import ray
 
+        if self._head is not None:
+            self._head.close()
+            self._head = None
         if self._hub is not None:
             self._hub.abandon()
             self._hub = None
@@ -222,12 +233,10 @@ class Cluster:
 
     def check_joined(self) -> None:
         """Looks at all nodes where some have not been looked at. Raises EnvironmentFailure as `check_nodes`."""
-        import ray
-
-        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        if not nodes <= self._checked_nodes:
+        joined = set(alive())
+        if not joined <= self._checked_nodes:
             check_nodes(self.shared)
-            self._checked_nodes |= nodes
+            self._checked_nodes |= joined
 
     def trial_group(self) -> GroupSize | None:
         """What a search trial of several processes is made of; None where it is one.
@@ -353,6 +362,7 @@ class Cluster:
                     for task in ray.wait(list(running), timeout=0.5)[0]:
                         number = running.pop(task)
                         results[number] = ray.get(task)
+                    self.check_head()
                     if (waiting or running) and self.stop.requested:
                         raise Interrupted("stopped by request")
         except ray.exceptions.RayTaskError as error:

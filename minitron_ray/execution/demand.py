@@ -8,13 +8,12 @@ it ends, so that no cluster goes on paying for a run that was killed.
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from minitron_ray.core.errors import Interrupted
+from minitron_ray.execution.head import HeadLost
 from minitron_ray.execution.room import room_for
 from minitron_ray.execution.settings import ClusterSettings, Resources
 
@@ -33,7 +32,9 @@ class Demand:
     def __enter__(self) -> Demand:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, HeadLost):
+            self.forget()
         self.withdraw()
 
     def ask(self, each: Resources, count: int) -> None:
@@ -50,11 +51,8 @@ class Demand:
     def withdraw(self) -> None:
         """Gives all back, placed or not."""
         asked, self._asked = self._asked, []
-        with suppress(
-            ray.exceptions.RayError, RuntimeError, ConnectionError
-        ):  # a head that is lost has them no more
-            for _, group in asked:
-                remove_placement_group(group)
+        for _, group in asked:
+            remove_placement_group(group)
 
     def forget(self) -> None:
         """Of a cluster that is lost."""

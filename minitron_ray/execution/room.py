@@ -1,17 +1,32 @@
-"""What fits on the nodes that a cluster has."""
+"""What fits on the nodes that a cluster has. Raises HeadLost where its head does not answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+from minitron_ray.execution.head import gcs
 from minitron_ray.execution.settings import Resources
 
 
 def nodes() -> list[dict[str, float]]:
     """What each node has in all, in use or not."""
-    import ray
+    return [dict(node.resources_total) for node in alive().values()]
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+def alive() -> dict[str, Any]:
+    """Ray's records of the nodes that there are, by id."""
+    found = gcs("get_all_node_info").values()
+    return {node.node_id.hex(): node for node in found if node.state == GcsNodeInfo.ALIVE}
+
+
+def free(each: Resources) -> int:
+    """How many processes that reserve `each` fit beside what is in use at this moment. It lags behind by a second or
+    two where something has just ended."""
+    found = gcs("get_all_resource_usage").resource_usage_data.batch
+    return sum(fit(node.resources_available, each) for node in found)
 
 
 def smallest() -> int:

@@ -8,12 +8,12 @@ joined are all the same thing: the next attempt, with as many workers as there i
 from __future__ import annotations
 
 import os
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import ray
@@ -29,8 +29,10 @@ from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronEr
 from minitron_ray.execution.cluster import Cluster, GroupSize, root_cause
 from minitron_ray.execution.demand import Demand
 from minitron_ray.execution.failures import first_line, told
+from minitron_ray.execution.head import HeadLost
 from minitron_ray.execution.termination import TerminableTorch, terminated
 from minitron_ray.execution.threads import with_threads
+from minitron_ray.execution.watched import watched
 from minitron_ray.weights.device import memory_shortage
 
 FAILURES: Final = 5
@@ -41,8 +43,8 @@ _LOOK_S = 1.0
 _RELEASE_S = 10.0
 """For so long what is in use may be that of a group which has just ended."""
 _ADDRESS: Final = "RAY_ADDRESS"
-_LOSSES: Final = (ray.exceptions.RayError, ray.train.TrainingFailedError, RayTrainError)
-"""What Ray says of a lost worker, node or controller, or of a group that could not be placed."""
+_LOSSES: Final = (ray.exceptions.RayError, ray.train.TrainingFailedError, RayTrainError, HeadLost)
+"""What is said of a lost worker, node, controller or head, or of a group that could not be placed."""
 _RETRIED: Final = (*_LOSSES, RuntimeError, OSError)
 """The same, and how it looks to the other workers in the middle of a collective operation."""
 
@@ -105,7 +107,8 @@ def run_group_in_trial(
     were lost in all attempts, or after a stop, and else what a worker raised."""
     for attempt in range(1, FAILURES + 1):
         try:
-            return _Fit(_trainer(_name(), size, function, job, reporter), None).wait()
+            trainer = _trainer(_name(), size, function, job, reporter)
+            return watched(None, partial(_fit, trainer))
         except _RETRIED as error:
             again = _lost(error, size.workers)
             if again and attempt < FAILURES and not reporter.stop_requested():
@@ -160,7 +163,7 @@ class _Attempts:
         size = GroupSize(workers=workers, each=cluster.worker(), storage=cluster.storage.resolve())
         trainer = _trainer(name, size, self._function, self._job, cluster.hub.reporter())
         grow = _Growth(cluster, name, workers, self._demand).look if workers < most else lambda: None
-        return _Fit(trainer, cluster, grow).wait()
+        return watched(cluster, partial(_fit, trainer), look=grow)
 
     def _count(self, error: BaseException) -> None:
         """Raises EnvironmentFailure when it was one failure too many, Interrupted when the user does not
@@ -179,6 +182,8 @@ class _Attempts:
                 f"the workers were lost {self._failures} times in a row with nothing saved in between; the last "
                 f"time: {first_line(cause)}; see logs/ in the run folder, then run it again"
             )
+        if isinstance(cause, HeadLost):
+            return  # which is said already
         self._say(f"workers were lost ({first_line(cause)}); the others begin again from what is saved")
 
     def _workers(self) -> int:
@@ -217,7 +222,12 @@ class _Attempts:
                 cluster.reconnect()
             except EnvironmentFailure:
                 return 0, 0
-        return cluster.room(), cluster.free() + self._demand.placed(cluster.worker())
+        try:
+            return cluster.room(), cluster.free() + self._demand.placed(cluster.worker())
+        except HeadLost:
+            if not self._failures:
+                raise
+            return 0, 0
 
     def _say(self, text: str) -> None:
         self._cluster.events.emit("note", text=text)
@@ -270,38 +280,10 @@ class _Growth:
             self._cluster.hub.request_regroup(self._name)
 
 
-class _Fit:
-    """`fit` in a thread: on the main thread it would replace the SIGINT handler for good."""
-
-    def __init__(
-        self, trainer: TorchTrainer, cluster: Cluster | None, look: Callable[[], None] = lambda: None
-    ) -> None:
-        self._trainer, self._cluster, self._look = trainer, cluster, look
-        self._value: Any = None
-        self._error: BaseException | None = None
-
-    def wait(self) -> Any:
-        """What rank 0 returned. Raises what `fit` raised. Hands a wish to stop on."""
-        thread = threading.Thread(target=self._fit, name="train", daemon=True)
-        thread.start()
-        asked = False
-        while thread.is_alive():
-            thread.join(timeout=0.2)
-            if self._cluster is not None and self._cluster.stop.requested and not asked:
-                self._cluster.hub.request_stop()
-                asked = True
-            if not asked:
-                self._look()
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def _fit(self) -> None:
-        try:
-            with _cluster_in_environment():
-                self._value = self._trainer.fit().return_value
-        except BaseException as error:  # handed to the main thread above
-            self._error = error
+def _fit(trainer: TorchTrainer) -> Any:
+    """What rank 0 returned."""
+    with _cluster_in_environment():
+        return trainer.fit().return_value
 
 
 @contextmanager

@@ -10,7 +10,6 @@ snapshots are not used: all that is known is in the tables.
 from __future__ import annotations
 
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from minitron_ray.execution.cluster import HEAD, Cluster, GroupSize, root_cause
 from minitron_ray.execution.failures import first_line, left_off, of_the_machine
 from minitron_ray.execution.stop import StopSignal
 from minitron_ray.execution.threads import with_threads
+from minitron_ray.execution.watched import watched
 from minitron_ray.search.cohorts import FINISHED, Cohorts
 from minitron_ray.search.halving import Fate
 
@@ -114,38 +114,15 @@ def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) ->
             failure_config=tune.FailureConfig(max_failures=_RESTARTS),
         ),
     )
-    watcher = _StopWatcher(cluster, progress)
     try:
-        tuner.fit()
+        watched(cluster, tuner.fit, ends=lambda: progress.ends)
     except (ray.exceptions.RayError, OSError) as error:
         raise progress.error or left_off("the search was lost", first_line(error)) from error
-    finally:
-        watcher.close()
     if progress.error is not None:
         raise progress.error
     if progress.broken is not None and not cluster.stop.requested:
         candidate_id, reason = progress.broken
         raise left_off(request.shape(candidate_id), reason)
-
-
-class _StopWatcher:
-    """Passes the user's wish to stop on to the trials while `fit` holds the main thread, or that of the machine."""
-
-    def __init__(self, cluster: Cluster, progress: _Progress) -> None:
-        self._closing = threading.Event()
-        self._cluster, self._progress = cluster, progress
-        self._thread = threading.Thread(target=self._watch, name="stop-watcher", daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._closing.wait(0.2):
-            if self._cluster.stop.requested or self._progress.ends:
-                self._cluster.hub.request_stop()
-                return
-
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join()
 
 
 def _trial(config: dict[str, Any], objective: Callable[..., None], reporter: Any, threads: int) -> None:

@@ -41,6 +41,7 @@ class Nodes:
 
     def __init__(self) -> None:
         self.address = self.dashboard = ""
+        self._ports: list[int] = []
         # Short, since Ray puts sockets below it, whose names may have 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -54,10 +55,12 @@ class Nodes:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def head(self, *options: str, cpus: int = 1, made: int = 0) -> None:
-        """With Ray's autoscaler it makes up to `made` nodes of one CPU, when they are asked for."""
+        """With Ray's autoscaler it makes up to `made` nodes of one CPU, when they are asked for. Called again, it is
+        another head at the same address."""
         # All named: of Ray's own choice the dashboard's is any other Ray's on this machine, and a head waits a
         # minute for a dashboard that finds its port taken, after which it ends as a whole.
-        port, dashboard, client, agent, grpc = free_ports(5)
+        self._ports = self._ports or free_ports(5)
+        port, dashboard, client, agent, grpc = self._ports
         self.address, self.dashboard = f"127.0.0.1:{port}", f"127.0.0.1:{dashboard}"
         self._start(
             "--head",
@@ -118,6 +121,13 @@ class Nodes:
 
     def join(self, cpus: int = 1) -> None:
         self._start(f"--address={self.address}", f"--num-cpus={cpus}")
+
+    def lose(self) -> None:
+        """All nodes at once, as by a power cut."""
+        for node in self._nodes:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+        self._nodes.clear()
 
     def _start(self, *arguments: str) -> None:
         log = self._folder / "nodes.log"
