@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from minitron_ray.core.errors import EnvironmentFailure, Interrupted
 from minitron_ray.core.events import EventBus
-from minitron_ray.execution.head import HeadWatch
+from minitron_ray.execution.head import HeadLost, HeadWatch
 from minitron_ray.execution.nodes import check_nodes
 from minitron_ray.execution.ray_start import cluster_address, keep_logs, link_logs, start_ray
-from minitron_ray.execution.room import alive, fit, free, nodes, room_for, smallest
+from minitron_ray.execution.room import alive, fit, free, knows_us, nodes, room_for, smallest
 from minitron_ray.execution.settings import ClusterSettings, Resources
 from minitron_ray.execution.stop import StopSignal
 
@@ -110,7 +110,9 @@ class Cluster:
             link_logs(self._session, self.folder / "logs")
         self._hub = Hub(self.events.emit)
         if address is not None:
-            self._head = HeadWatch(str(info["gcs_address"]), lambda text: self.events.emit("note", text=text))
+            self._head = HeadWatch(
+                str(info["gcs_address"]), lambda text: self.events.emit("note", text=text), knows_us
+            )
         self.workers(), self.trial_group()  # what does not fit is said before anything is computed
         if address is not None:
             self.check_joined()
@@ -273,6 +275,10 @@ class Cluster:
         """Processes of search trials that fit at a time."""
         return max(1, room_for(self.trial()))
 
+    def trials_on_a_node(self) -> int:
+        """Of them those that share a node, at most."""
+        return max(1, *(fit(node, self.trial()) for node in nodes()))
+
     def concurrent_trials(self) -> int:
         """Trials of `trial_workers` processes at a time: never more than have all of their processes at once, or
         they would wait for one another for ever."""
@@ -288,6 +294,11 @@ class Cluster:
         node = max(nodes(), key=lambda resources: (resources.get("GPU", 0) > 0, resources.get("CPU", 0)))
         all_of_it = Resources(cpus=int(node.get("CPU", 1)), gpus=min(1, int(node.get("GPU", 0))))
         [result] = self._run(function, [(*arguments, hub.reporter())], all_of_it, at_once=1)
+        return result
+
+    def as_trial(self, function: Callable[..., Any]) -> Any:
+        """`function(report)` with what a process of a search trial reserves. Raises as `call`."""
+        [result] = self._run(function, [(self.hub.reporter(),)], self.trial(), at_once=1)
         return result
 
     def map(
@@ -382,8 +393,8 @@ class Cluster:
 
         try:
             yield
-        except Exception:
-            if heeds_stop and running:
+        except Exception as error:
+            if heeds_stop and running and not isinstance(error, HeadLost):
                 self.hub.request_stop()
                 while ray.wait(list(running), num_returns=len(running), timeout=0.5)[1]:
                     pass

@@ -66,28 +66,26 @@ def await_nodes(cluster: Cluster) -> None:
     needed = _least(settings)
     began, told = time.monotonic(), False
     with Demand() as demand:
-        while any(room_for(each) < count for each, count in needed):
+        while lacking := [(each, count) for each, count in needed if room_for(each) < count]:
             if cluster.stop.requested:
                 raise Interrupted("stopped by request")
             if time.monotonic() - began > settings.wait_for_workers:
                 return
-            for each, count in needed:
-                demand.ask(each, count)
+            each, count = lacking[0]  # one after the other: they are not there at the same time
+            demand.ask(each, count)
             if not told:
-                wanted = " and ".join(
-                    f"{count} x {each.cpus} CPUs and {each.gpus} GPUs" for each, count in needed
-                )
+                wanted = f"{count} x {each.cpus} CPUs and {each.gpus} GPUs"
                 cluster.events.emit("note", text=f"waiting for nodes: the cluster is asked for {wanted}")
                 told = True
             time.sleep(_LOOK_S)
 
 
 def _least(settings: ClusterSettings) -> list[tuple[Resources, int]]:
-    """Processes that a run has at a time, at least, and what each reserves."""
+    """Processes that a run has at a time, at least, and what each reserves: of trials where so many are wanted."""
     if not settings.autoscale or settings.worker is None or settings.worker_range is None:
         return []
     needed = {settings.worker: settings.worker_range[0]}
-    if settings.trial is not None:
+    if settings.trial is not None and (settings.concurrent_trials or settings.trial_workers > 1):
         trials = settings.trial_workers * (settings.concurrent_trials or 1)
         needed[settings.trial] = max(trials, needed.get(settings.trial, 0))
     return list(needed.items())

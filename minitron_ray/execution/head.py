@@ -18,7 +18,8 @@ from minitron_ray.core.errors import EnvironmentFailure
 _LOOK_S: Final = 2.0
 LOST_S: Final = 20.0
 """Without an answer for so long the head is lost. It leaves half a minute to leave it."""
-_ANSWER_S: Final = 10.0
+_ANSWER_S: Final = 25.0
+"""Likewise, of one question: a busy machine takes some seconds."""
 
 
 class HeadLost(EnvironmentFailure):
@@ -28,10 +29,12 @@ class HeadLost(EnvironmentFailure):
 class HeadWatch:
     """A thread that connects to the head from time to time, until it is closed."""
 
-    def __init__(self, address: str, tell: Callable[[str], None]) -> None:
-        """`address` is host:port. `tell` hears once what has happened."""
+    def __init__(self, address: str, tell: Callable[[str], None], knows_us: Callable[[], bool]) -> None:
+        """`address` is host:port. `tell` hears once what has happened. `knows_us` is asked where the head answers
+        again: whether it is still that of this process's cluster."""
         host, _, port = address.rpartition(":")
         self._place, self._address, self._tell = (host, int(port)), address, tell
+        self._knows_us = knows_us
         self._closing, self._lost = threading.Event(), threading.Event()
         threading.Thread(target=self._watch, name="head", daemon=True).start()
 
@@ -44,17 +47,22 @@ class HeadWatch:
         self._closing.set()
 
     def _watch(self) -> None:
-        answered = time.monotonic()
+        answered, refused = time.monotonic(), False
         while not self._closing.wait(_LOOK_S):
-            if self._answers():
-                answered = time.monotonic()
-            elif time.monotonic() - answered >= LOST_S:
-                self._lost.set()
-                self._tell(
-                    f"the cluster's head at {self._address} has not answered for {LOST_S:.0f} s: what runs on the "
-                    "cluster is lost, what is saved stays"
-                )
-                return
+            if not self._answers():
+                refused = True
+                if time.monotonic() - answered >= LOST_S:
+                    return self._give_up(f"has not answered for {LOST_S:.0f} s")
+                continue
+            if refused and not self._knows_us():
+                return self._give_up("is another one now")
+            answered, refused = time.monotonic(), False
+
+    def _give_up(self, why: str) -> None:
+        self._lost.set()
+        self._tell(
+            f"the cluster's head at {self._address} {why}: what runs on the cluster is lost, what is saved stays"
+        )
 
     def _answers(self) -> bool:
         try:
@@ -70,9 +78,12 @@ def gcs(ask: str) -> Any:
     import ray
     from ray._private.worker import global_worker
 
+    client = getattr(global_worker, "gcs_client", None)
+    if client is None:  # left already
+        raise _lost("the cluster's head")
     try:
-        return getattr(global_worker.gcs_client, ask)(timeout=_ANSWER_S)
-    except ray.exceptions.RpcError as error:
+        return getattr(client, ask)(timeout=_ANSWER_S)
+    except ray.exceptions.RayError as error:
         raise _lost("the cluster's head") from error
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ray.core.generated.gcs_pb2 import GcsNodeInfo
-
-from minitron_ray.execution.head import gcs
+from minitron_ray.execution.head import HeadLost, gcs
 from minitron_ray.execution.settings import Resources
 
 
@@ -18,8 +16,20 @@ def nodes() -> list[dict[str, float]]:
 
 def alive() -> dict[str, Any]:
     """Ray's records of the nodes that there are, by id."""
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
     found = gcs("get_all_node_info").values()
     return {node.node_id.hex(): node for node in found if node.state == GcsNodeInfo.ALIVE}
+
+
+def knows_us() -> bool:
+    """Whether the head still knows the node that this process is connected to."""
+    import ray
+
+    try:
+        return ray.get_runtime_context().get_node_id() in alive()
+    except HeadLost:
+        return False
 
 
 def free(each: Resources) -> int:

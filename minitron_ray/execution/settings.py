@@ -167,6 +167,10 @@ class ClusterSettings(Section):
                 "autoscale: true asks the cluster for nodes by what a run needs; give workers (2, or 1..8) and "
                 "worker: {cpus, gpus}"
             )
+        if self.autoscale and self.trial_workers > 1 and self.trial is None:
+            raise ValueError(
+                "autoscale: true asks the cluster for nodes by what a run needs; give trial: {cpus, gpus}"
+            )
         return self
 
     @property

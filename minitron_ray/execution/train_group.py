@@ -150,6 +150,8 @@ class _Attempts:
             except _RETRIED as error:
                 if not _lost(error, workers):
                     raise told(_cause(error)) from error
+                if isinstance(_cause(error), HeadLost):
+                    self._demand.forget()
                 self._count(error)
                 continue
             if not isinstance(value, Again):
@@ -198,8 +200,6 @@ class _Attempts:
                 return min(free, most)
             if self._cluster.stop.requested:
                 raise Interrupted("stopped by request")
-            if self._cluster.settings.autoscale and free < least:
-                self._demand.ask(self._cluster.worker(), least)
             lacking = room < least or released
             if lacking and waited > self._cluster.settings.wait_for_workers:
                 self._cluster.check_room()
@@ -223,7 +223,10 @@ class _Attempts:
             except EnvironmentFailure:
                 return 0, 0
         try:
-            return cluster.room(), cluster.free() + self._demand.placed(cluster.worker())
+            room, free = cluster.room(), cluster.free() + self._demand.placed(cluster.worker())
+            if cluster.settings.autoscale and free < cluster.worker_range()[0]:
+                self._demand.ask(cluster.worker(), cluster.worker_range()[0])
+            return room, min(room, free)  # of which one may be known earlier
         except HeadLost:
             if not self._failures:
                 raise

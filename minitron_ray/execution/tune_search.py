@@ -22,6 +22,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.execution.cluster import HEAD, Cluster, GroupSize, root_cause
 from minitron_ray.execution.failures import first_line, left_off, of_the_machine
 from minitron_ray.execution.stop import StopSignal
@@ -118,6 +119,9 @@ def run_search(cluster: Cluster, request: SearchRequest, record: TrialRecord) ->
         watched(cluster, tuner.fit, ends=lambda: progress.ends)
     except (ray.exceptions.RayError, OSError) as error:
         raise progress.error or left_off("the search was lost", first_line(error)) from error
+    except BaseException:
+        progress.abandon()
+        raise
     if progress.error is not None:
         raise progress.error
     if progress.broken is not None and not cluster.stop.requested:
@@ -155,6 +159,10 @@ class _Progress:
     def ends(self) -> bool:
         """Whether the search is to end as it is."""
         return self.broken is not None or self.error is not None
+
+    def abandon(self) -> None:
+        """Nobody waits for the search any more: it ends where it is, and nothing more is recorded."""
+        self.error = self.error or EnvironmentFailure("the search was left")
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -222,7 +230,8 @@ class _Places:
     all: int
 
     def has_room(self, candidate_id: str, live: Iterable[str]) -> bool:
-        return self.processes(candidate_id) + sum(map(self.processes, live)) <= self.all
+        taken = sum(map(self.processes, live))
+        return not taken or taken + self.processes(candidate_id) <= self.all
 
 
 class CohortSearcher(_NotPickled, Searcher):

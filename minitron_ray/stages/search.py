@@ -87,13 +87,15 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
 
 
 def _alone(context: Context, plan: Plan) -> frozenset[str]:
-    """The candidates that one device holds, of a search whose trials are groups else. Of GPUs that nothing is
-    known of one is asked for its memory."""
+    """The candidates that one device holds, of a search whose trials are groups else. A GPU that nothing is known
+    of is asked for its memory; processors share that of their machine."""
     cluster = context.cluster
     hardware = known_hardware(cluster.settings, context.cache, plan)
     layout = layout_of(cluster.settings, hardware)
-    if layout.memory is None and cluster.gpus:
-        layout = replace(layout, accelerator=True, memory=cluster.call(_memory_of_a_gpu))
+    if not cluster.trial().gpus and layout.memory is not None:
+        layout = replace(layout, memory=layout.memory // cluster.trials_on_a_node())
+    elif layout.memory is None and cluster.trial().gpus:
+        layout = replace(layout, accelerator=True, memory=cluster.as_trial(_memory_of_a_gpu))
     alone = plan.alone(layout)
     if alone:
         context.events.emit(

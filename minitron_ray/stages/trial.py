@@ -260,7 +260,7 @@ class Objective:
             "trial_started", candidate_id=candidate_id, shape=candidate.shape_text(), parameters=parameters
         )
         # Alone because it was thought to fit: in a group it does.
-        share = "lower devices.memory" if candidate_id in self.alone else "raise trial_workers"
+        share = "set devices with less memory" if candidate_id in self.alone else "raise trial_workers"
         with told_of_memory(setting, candidate.shape_text(), share):
             if self.group is not None and candidate_id not in self.alone:
                 self._in_group(candidate, report_rung, reporter)

@@ -47,11 +47,11 @@ def run(desk: Desk) -> set[str]:
 
 
 def memory_for(desk: Desk, name: str) -> int:
-    """Bytes of the smallest device that holds this candidate's trial, by what is counted."""
+    """Bytes of the smallest machine of which a half holds this candidate's trial, by what is counted."""
     experiment = load(desk.folder / "tiny.yaml", Experiment)[0]
     plan = make_plan(experiment, json.loads((desk.folder / "model" / "config.json").read_text()))
     training = TrainingMemory.of(experiment, plan.family, plan.teacher, Layout(accelerator=True))
-    return math.ceil(training.trial(plan.candidate(name).architecture(plan.start)) / FITS)
+    return 2 * math.ceil(training.trial(plan.candidate(name).architecture(plan.start)) / FITS)
 
 
 def groups_of(rows: list[dict[str, Any]], alone: str) -> int:

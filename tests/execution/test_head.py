@@ -28,7 +28,7 @@ def test_a_head_that_answers_again_in_time_is_not_lost(monkeypatch: pytest.Monke
     said: list[str] = []
     first = socket.create_server(("127.0.0.1", 0))
     place = first.getsockname()
-    watch = HeadWatch(f"127.0.0.1:{place[1]}", said.append)
+    watch = HeadWatch(f"127.0.0.1:{place[1]}", said.append, lambda: True)
     time.sleep(0.1)
     first.close()
     time.sleep(0.2)
@@ -41,6 +41,25 @@ def test_a_head_that_answers_again_in_time_is_not_lost(monkeypatch: pytest.Monke
     with pytest.raises(HeadLost, match=rf"head at 127.0.0.1:{place[1]} does not answer"):
         watch.check()
     assert len(said) == 1 and "what is saved stays" in said[0]
+
+
+def test_another_head_at_the_same_address_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_LOOK_S", 0.02)
+    said: list[str] = []
+    first = socket.create_server(("127.0.0.1", 0))
+    place = first.getsockname()
+    watch = HeadWatch(f"127.0.0.1:{place[1]}", said.append, lambda: False)
+    time.sleep(0.1)
+    watch.check()  # it is not asked whose it is while it answers
+    first.close()
+    time.sleep(0.2)
+    with socket.create_server(place):
+        deadline = time.monotonic() + 30
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.02)
+    with pytest.raises(HeadLost):
+        watch.check()
+    assert len(said) == 1 and "is another one now" in said[0]
 
 
 @pytest.mark.ray
@@ -80,7 +99,32 @@ def test_a_group_goes_on_from_what_is_saved_with_another_head(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_what_has_no_checkpoint_says_so_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("autoscale", [False, True])
+def test_a_head_that_does_not_come_back_is_waited_for_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autoscale: bool
+) -> None:
+    monkeypatch.setattr(head, "LOST_S", 4.0)
+    job = Counting(folder=tmp_path, steps=1000)
+    with Nodes() as nodes:
+        nodes.head(cpus=1)
+        at(job, 7, lambda processes: nodes.lose())
+        given = {"address": nodes.address, "workers": "1..2", "worker": {"cpus": 1}, "wait_for_workers": 3}
+        settings = ClusterSettings.model_validate({**given, "autoscale": autoscale})
+        (tmp_path / "run").mkdir()
+        with (
+            Cluster(settings, tmp_path / "run", EventBus(), StopSignal()) as own,
+            pytest.raises(EnvironmentFailure, match=r"does not answer; start it again, then run the same"),
+        ):
+            run_group(own, count, job, job.saved)
+    assert job.saved() >= 5
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("heeds_stop", [False, True])
+def test_what_has_no_checkpoint_says_so_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heeds_stop: bool
+) -> None:
     monkeypatch.setattr(head, "LOST_S", 4.0)
     with Nodes() as nodes:
         nodes.head(cpus=1)
@@ -98,7 +142,7 @@ def test_what_has_no_checkpoint_says_so_and_ends(tmp_path: Path, monkeypatch: py
             Cluster(settings, tmp_path / "run", EventBus(), StopSignal()) as own,
             pytest.raises(EnvironmentFailure, match=r"does not answer; start it again, then run the same"),
         ):
-            own.map(_begin, [begun])
+            own.map(_begin, [begun], heeds_stop=heeds_stop)
 
 
 def _begin(begun: Path, report: object) -> None:
