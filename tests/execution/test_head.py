@@ -24,7 +24,7 @@ from tests.execution.test_train_group import at
 
 def test_a_head_that_answers_again_in_time_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "_LOOK_S", 0.02)
-    monkeypatch.setattr(head, "LOST_S", 0.5)
+    monkeypatch.setattr(head, "LOST_S", 3.0)
     said: list[str] = []
     first = socket.create_server(("127.0.0.1", 0))
     place = first.getsockname()
