@@ -99,17 +99,17 @@ def test_a_group_goes_on_from_what_is_saved_with_another_head(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("autoscale", [False, True])
 def test_a_head_that_does_not_come_back_is_waited_for_so_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autoscale: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor is one that is gone asked for nodes."""
     monkeypatch.setattr(head, "LOST_S", 4.0)
     job = Counting(folder=tmp_path, steps=1000)
     with Nodes() as nodes:
         nodes.head(cpus=1)
         at(job, 7, lambda processes: nodes.lose())
         given = {"address": nodes.address, "workers": "1..2", "worker": {"cpus": 1}, "wait_for_workers": 3}
-        settings = ClusterSettings.model_validate({**given, "autoscale": autoscale})
+        settings = ClusterSettings.model_validate({**given, "autoscale": True})
         (tmp_path / "run").mkdir()
         with (
             Cluster(settings, tmp_path / "run", EventBus(), StopSignal()) as own,
@@ -121,10 +121,8 @@ def test_a_head_that_does_not_come_back_is_waited_for_so_long(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("heeds_stop", [False, True])
-def test_what_has_no_checkpoint_says_so_and_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heeds_stop: bool
-) -> None:
+def test_what_has_no_checkpoint_says_so_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what would be asked to stop, and waited for."""
     monkeypatch.setattr(head, "LOST_S", 4.0)
     with Nodes() as nodes:
         nodes.head(cpus=1)
@@ -142,7 +140,7 @@ def test_what_has_no_checkpoint_says_so_and_ends(
             Cluster(settings, tmp_path / "run", EventBus(), StopSignal()) as own,
             pytest.raises(EnvironmentFailure, match=r"does not answer; start it again, then run the same"),
         ):
-            own.map(_begin, [begun], heeds_stop=heeds_stop)
+            own.map(_begin, [begun], heeds_stop=True)
 
 
 def _begin(begun: Path, report: object) -> None:
