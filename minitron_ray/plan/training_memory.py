@@ -12,7 +12,7 @@ from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.family import Family
 from minitron_ray.plan.intermediate import resolve_intermediate
 from minitron_ray.plan.memory import Layout, Memory
-from minitron_ray.plan.signal import signal_costs
+from minitron_ray.plan.signal import choose_signal
 
 FITS: Final = 0.8
 """Of a device's memory: a trial that takes more of it is shared. The rest is for what arithmetic does not see, such
@@ -33,14 +33,13 @@ class TrainingMemory:
     @classmethod
     def of(cls, experiment: Experiment, family: Family, teacher: Architecture, layout: Layout) -> Self:
         """For the signal that the experiment names, or that is chosen for it."""
-        chosen = next(cost for cost in signal_costs(experiment, family, teacher) if cost.chosen)
         memory = Memory(
             family=family,
             length=experiment.data.sequence_length,
             precision=experiment.precision,
             layout=layout,
         )
-        online = isinstance(chosen.signal, Online)
+        online = isinstance(choose_signal(experiment, teacher), Online)
         return cls(experiment=experiment, memory=memory, teacher=teacher, online=online)
 
     def trial(self, arch: Architecture) -> int:

@@ -22,22 +22,32 @@ from tests.execution.counting import Counting, count
 from tests.execution.test_train_group import at
 
 
+def refused_after_an_answer(said: list[str], ours: bool) -> tuple[HeadWatch, tuple[str, int]]:
+    """A watch of a place where something listened and no longer does; `ours`: what it is told of one that comes."""
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        place = first.getsockname()
+        watch = HeadWatch(f"127.0.0.1:{place[1]}", said.append, lambda: ours)
+        time.sleep(0.1)
+        watch.check()  # it is not asked whose it is while it answers
+    time.sleep(0.2)
+    return watch, place
+
+
+def await_word(said: list[str]) -> None:
+    deadline = time.monotonic() + 30
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def test_a_head_that_answers_again_in_time_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "_LOOK_S", 0.02)
     monkeypatch.setattr(head, "LOST_S", 3.0)
     said: list[str] = []
-    first = socket.create_server(("127.0.0.1", 0))
-    place = first.getsockname()
-    watch = HeadWatch(f"127.0.0.1:{place[1]}", said.append, lambda: True)
-    time.sleep(0.1)
-    first.close()
-    time.sleep(0.2)
+    watch, place = refused_after_an_answer(said, ours=True)
     with socket.create_server(place):
         time.sleep(0.7)
         watch.check()
-    deadline = time.monotonic() + 30
-    while not said and time.monotonic() < deadline:
-        time.sleep(0.02)
+    await_word(said)
     with pytest.raises(HeadLost, match=rf"head at 127.0.0.1:{place[1]} does not answer"):
         watch.check()
     assert len(said) == 1 and "what is saved stays" in said[0]
@@ -46,17 +56,9 @@ def test_a_head_that_answers_again_in_time_is_not_lost(monkeypatch: pytest.Monke
 def test_another_head_at_the_same_address_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "_LOOK_S", 0.02)
     said: list[str] = []
-    first = socket.create_server(("127.0.0.1", 0))
-    place = first.getsockname()
-    watch = HeadWatch(f"127.0.0.1:{place[1]}", said.append, lambda: False)
-    time.sleep(0.1)
-    watch.check()  # it is not asked whose it is while it answers
-    first.close()
-    time.sleep(0.2)
+    watch, place = refused_after_an_answer(said, ours=False)
     with socket.create_server(place):
-        deadline = time.monotonic() + 30
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.02)
+        await_word(said)
     with pytest.raises(HeadLost):
         watch.check()
     assert len(said) == 1 and "is another one now" in said[0]
