@@ -171,19 +171,42 @@ class At(Section):
 
 class Budget(Section):
     """How large a student may be: a centre with a tolerance (`8B`, `8B ± 5%`), a range (`7.8B..8.5B`) or a
-    limit (`<= 22GiB`) for one or more of the three."""
+    limit (`<= 8B`) for one or more of the three."""
 
     parameters: CountBounds | None = None
     memory: ByteBounds | None = None
-    """Weights and KV cache, for the load `at`."""
+    """Weights and KV cache, for the load `at`; `22GiB` by itself is a limit."""
     flops: CountBounds | None = None
     """Operations a token of a forward pass over `at.length` tokens (a multiply-add is two)."""
     tolerance: Fraction = 0.05
-    """Relative half-width of the band around a centre that does not bring its own; without meaning for
-    ranges and limits."""
+    """Relative half-width of the band around a centre that does not bring its own; refused beside ranges and
+    limits alone."""
     count: Literal["total", "non_embedding"] = "total"
     """Which parameters count."""
     at: At = At()
+
+    @field_validator("tolerance", "count", "at")
+    @classmethod
+    def _says_something(cls, value: Any, info: ValidationInfo) -> Any:
+        """In a file, which is read as JSON: runs from before this rule are still reported."""
+        bounds = {
+            name: info.data.get(name) for name in ("parameters", "memory", "flops") if name in info.data
+        }
+        default = cls.model_fields[str(info.field_name)].default
+        if value == default or info.mode != "json" or len(bounds) < 3 or not any(bounds.values()):
+            return value  # a bound that can't be read is said by itself
+        refused = None
+        if info.field_name == "tolerance":
+            if not any(bound and bound.centre and bound.tolerance is None for bound in bounds.values()):
+                refused = "no bound of this budget is a centre without a tolerance of its own"
+        elif info.field_name == "count":
+            if bounds["parameters"] is None:
+                refused = "this budget does not bound parameters"
+        elif bounds["memory"] is None and bounds["flops"] is None:
+            refused = "memory and flops are counted for this load, and this budget bounds neither"
+        if refused is not None:
+            raise ValueError(f"{refused}, so this key changes nothing; leave it out")
+        return value
 
     @model_validator(mode="after")
     def _something_to_keep_to(self) -> Self:

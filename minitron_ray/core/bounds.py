@@ -80,6 +80,8 @@ class Bounds(ABC):
 
     expected: ClassVar[str]
     """How it is written, for messages."""
+    alone_is_limit: ClassVar[bool] = False
+    """Whether a quantity by itself is the most there may be, or a centre."""
 
     @classmethod
     @abstractmethod
@@ -103,7 +105,8 @@ class Bounds(ABC):
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise _shape(cls.expected, value)
         try:
-            return cls(centre=cls.read(value))
+            quantity = cls.read(value)
+            return cls(high=quantity) if cls.alone_is_limit else cls(centre=quantity)
         except PydanticCustomError as error:
             if error.type != "unit_shape":
                 raise
@@ -178,10 +181,11 @@ class CountBounds(Bounds):
 
 
 class ByteBounds(Bounds):
-    """Of bytes: `20GiB ± 5%`, `20GiB..22GiB`, `≤ 22GiB`."""
+    """Of bytes: `22GiB` or `≤ 22GiB`, `20GiB ± 5%`, `20GiB..22GiB`. Memory that one has is not to be exceeded."""
 
     __slots__ = ()
-    expected: ClassVar[str] = "bytes (20GiB ± 5%), a range of them (20GiB..22GiB) or a limit (<= 22GiB)"
+    expected: ClassVar[str] = "at most so many bytes (22GiB, <= 22GiB), a range (20GiB..22GiB) or 20GiB ± 5%"
+    alone_is_limit: ClassVar[bool] = True
 
     @classmethod
     def read(cls, value: Any) -> int:

@@ -123,6 +123,8 @@ def stage_fingerprints(plan: Plan, inputs: Inputs) -> dict[str, str]:
         # Without halving all trials are trained to the end, however many are kept of them then.
         choice = {"keep": e.search.keep} if e.search.halving is None else {}
         search = e.search.model_dump(mode="json", exclude={"baselines", *choice})
+        if "flops" in e.search.sampler.objectives and plan.limits is not None:
+            search["flops_at"] = plan.limits.load.length
         mark("search", {"search": search, **cut}, "importance", "teacher", *scored, **seeded)
         if "baselines" in plan.stages:
             mark("baselines", {**_baselines(e), **cut}, "search", **seeded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from minitron_ray.core.errors import ConfigError
@@ -32,7 +33,7 @@ class StartConfig:
     """Where that comes from, for people."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A checked experiment, its teacher on paper, and the shapes of its students."""
 
@@ -67,10 +68,12 @@ class Plan:
 
     def candidate(self, candidate_id: str) -> Candidate:
         """Raises KeyError for a candidate that is not in the space."""
-        for row in self.rows:
-            if row.candidate.id == candidate_id:
-                return row.candidate
-        raise KeyError(candidate_id)
+        return self._candidates[candidate_id]
+
+    @cached_property
+    def _candidates(self) -> dict[str, Candidate]:
+        """By id, which is a digest: of a large space all of them take a while."""
+        return {row.candidate.id: row.candidate for row in self.rows}
 
     def costs(
         self,

@@ -19,7 +19,8 @@ from minitron_ray.models.family import Family
 from minitron_ray.plan.tokens import tokens_seen
 
 LARGEST_SIGNAL: Final = 200 * 2**30
-"""Bytes that a signal which nobody asked for by name may take on disk; the paper's 1.8B tokens, sampled, fit."""
+"""Bytes that a signal which nobody asked for by name may take on disk, in bfloat16; the paper's 1.8B tokens, sampled,
+fit."""
 PREFERRED: Final[tuple[StoredSignal, ...]] = (FinalHidden(), FinalHidden(dtype="int8"), Sampled())
 """From exact to small. top_k is left out: it is larger than sampled, and its gradients are biased."""
 
@@ -55,11 +56,18 @@ def validation_tokens(experiment: Experiment) -> int:
 
 
 def signal_bytes(signal: Signal, experiment: Experiment, teacher: Architecture) -> int:
-    """Bytes on disk, at most: a text that is shorter than a trial is stored once. Measuring needs exact final
-    hidden states whatever the trials train on."""
+    """Bytes on disk, at most: a text that is shorter than a trial is stored once, and `auto` may be either type.
+    Measuring needs exact final hidden states whatever the trials train on."""
+    return _bytes(
+        signal, experiment, teacher, "bfloat16" if experiment.precision == "bfloat16" else "float32"
+    )
+
+
+def _bytes(signal: Signal, experiment: Experiment, teacher: Architecture, dtype: str) -> int:
+    """The same with values of the computation of this type."""
     if not isinstance(signal, StoredSignal):
         return 0
-    sizes = (teacher.hidden, teacher.vocab, _value_bytes(experiment))
+    sizes = (teacher.hidden, teacher.vocab, BYTES[dtype])
     trained = signal_tokens(experiment) * signal.bytes_a_token(*sizes)
     return round(trained + validation_tokens(experiment) * FinalHidden().bytes_a_token(*sizes))
 
@@ -72,10 +80,7 @@ def choose_signal(experiment: Experiment, teacher: Architecture) -> Signal:
     if not isinstance(named, Auto):
         return named
     for signal in PREFERRED:
-        if (
-            _refused(signal, experiment) is None
-            and signal_bytes(signal, experiment, teacher) <= LARGEST_SIGNAL
-        ):
+        if _refused(signal, experiment) is None and not _large(signal, experiment, teacher):
             return signal
     return Online()
 
@@ -162,11 +167,12 @@ def _refused(signal: Signal, experiment: Experiment) -> str | None:
 def _too_large(signal: Signal, experiment: Experiment, teacher: Architecture) -> str | None:
     """Only of kinds that the rule would have to take unasked."""
     named = experiment.search is not None and experiment.search.signal == signal
-    if named or signal_bytes(signal, experiment, teacher) <= LARGEST_SIGNAL:
+    if named or not _large(signal, experiment, teacher):
         return None
-    return f"larger than {format_bytes(LARGEST_SIGNAL)}: only where search.signal names it"
+    return f"larger than {format_bytes(LARGEST_SIGNAL)} in bfloat16: only where search.signal names it"
 
 
-def _value_bytes(experiment: Experiment) -> int:
-    """Of one value of the computation, at most: `auto` may be either type."""
-    return BYTES["bfloat16" if experiment.precision == "bfloat16" else "float32"]
+def _large(signal: Signal, experiment: Experiment, teacher: Architecture) -> bool:
+    """By values in bfloat16 whatever the precision: `auto` is settled by the device that a run finds, and the plan
+    before it is to choose the same."""
+    return _bytes(signal, experiment, teacher, "bfloat16") > LARGEST_SIGNAL

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from minitron_ray.experiment import Correction, Distill, Experiment, Retrain
 from minitron_ray.search.halving import Halving, cohort_size
 from minitron_ray.search.propose import sampler_for
+from minitron_ray.search.sampler import LearningSampler
 
 
 def kept_students(experiment: Experiment) -> int:
@@ -74,6 +75,15 @@ def trials_a_cohort(experiment: Experiment, trials: int, feasible: int | None = 
     sampler = sampler_for(search.sampler, trials + 1 if feasible is None else feasible, trials)
     given = search.halving.cohort if search.halving else None
     return cohort_size(trials, len(rule.rungs), rule.reduction, rule.keep, sampler.learns, given)
+
+
+def learns_nothing(experiment: Experiment, trials: int, feasible: int) -> bool:
+    """Whether a sampler that learns proposes all of its trials before it knows results enough."""
+    sampler = sampler_for(experiment.searched.sampler, feasible, trials)
+    if not isinstance(sampler, LearningSampler):
+        return False
+    *before, _ = cohorts_of(experiment, trials, feasible)
+    return sum(before) < sampler.startup_trials
 
 
 def cohorts_of(experiment: Experiment, trials: int, feasible: int | None = None) -> tuple[int, ...]:

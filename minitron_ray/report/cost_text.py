@@ -96,8 +96,10 @@ def idle_devices(plan: Plan, hardware: Hardware | None, layout: Layout) -> str |
         return None
     search, trials = plan.experiment.search, plan.trials
     cohort = trials_a_cohort(plan.experiment, trials, len(plan.feasible))
-    busy = cohort * layout.trial_workers
-    if busy > hardware.count - layout.trial_workers:
+    # The most that a cohort can take: as many of its trials as there are such shapes are groups.
+    groups = min(cohort, len(plan.feasible) - len(plan.alone(layout)))
+    busy, largest = cohort + groups * (layout.trial_workers - 1), layout.trial_workers if groups else 1
+    if busy > hardware.count - largest:
         return None
     text = f"the search has at most {busy} of {hardware.count} devices busy"
     if cohort == trials:

@@ -47,14 +47,12 @@ class Findings:
     baselines: tuple[Row, ...]
     """Rows of `trials` with which a baseline ended."""
 
-    def behind(self, subject: str, *phases: str) -> Row | None:
-        """How far it is behind the best of the first of these phases that compared it, after most tokens."""
-        for phase in phases:
-            wanted = (subject, phase, "best")
-            rows = [r for r in self.comparisons if (r["subject"], r["phase"], r["against"]) == wanted]
-            if rows:
-                return max(rows, key=lambda row: row["tokens"])
-        return None
+    def behind(self, subject: str, phase: str) -> Row | None:
+        """How far it is behind the best of this phase, after most tokens; None for the best, and where it was not
+        compared."""
+        wanted = (subject, phase, "best")
+        rows = [r for r in self.comparisons if (r["subject"], r["phase"], r["against"]) == wanted]
+        return max(rows, key=lambda row: row["tokens"], default=None)
 
 
 def read_findings(store: Store) -> Findings:

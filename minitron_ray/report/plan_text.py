@@ -13,6 +13,7 @@ from minitron_ray.plan import Layout, experiment_fingerprint
 from minitron_ray.plan.intermediate import choose_intermediate, trained_on
 from minitron_ray.plan.rungs import early_halving, first_halving
 from minitron_ray.plan.saving import search_savings
+from minitron_ray.plan.tokens import learns_nothing
 from minitron_ray.report.cost_text import cost_lines, cost_table, idle_devices, saving_table
 from minitron_ray.report.sections import Section, tables
 from minitron_ray.report.signal_text import signal_table, signals_json
@@ -88,6 +89,13 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "student", _student(plan, plan.fixed)
     if plan.limits is not None:
         tried = " (all of them)" if plan.trials == len(plan.feasible) else ""
+        if learns_nothing(plan.experiment, plan.trials, len(plan.feasible)):
+            zero_shot = (
+                "the best undistilled cuts and others by lot" if "zero_shot" in plan.stages else "by lot"
+            )
+            tried = (
+                f", all chosen before any has a result: {zero_shot} (a smaller halving.cohort lets it learn)"
+            )
         yield "budget", plan.limits.text()
         yield from _serving(plan)
         yield (

@@ -134,10 +134,9 @@ def rank(run: RunInfo) -> Ranking:
     budget = resolved.get("budget")
     teacher = _teacher(found, run.folder)
     findings = read_findings(run.store)
-    students = [
-        replace(_student(name, found, budget, teacher), behind=findings.behind(name, "distilled", "search"))
-        for name in _names(found)
-    ]
+    distilling = "distill" in run.stages_waiting
+    students = [_student(name, found, budget, teacher, distilling) for name in _names(found)]
+    students = [replace(one, behind=findings.behind(one.subject, _phase(one))) for one in students]
     students.sort(key=_place)
     costs, sources = plan_against_actual(run), read_sources(run.store)
     return Ranking(
@@ -222,7 +221,10 @@ def _teacher(found: Tables, folder: Path) -> Entry:
     )
 
 
-def _student(name: str, found: Tables, budget: dict[str, Any] | None, teacher: Entry) -> Entry:
+def _student(
+    name: str, found: Tables, budget: dict[str, Any] | None, teacher: Entry, distilling: bool
+) -> Entry:
+    """`distilling`: whether the run still does; steps of a student that was once the search's winner say nothing."""
     trial, distillation = found.trials.get(name), found.distillations.get(name)
     sizes = found.candidates.get(name) or (trial.shape if trial else {})
     last = trial.last if trial else None
@@ -242,7 +244,9 @@ def _student(name: str, found: Tables, budget: dict[str, Any] | None, teacher: E
     return Entry(
         subject=name,
         rank=None,
-        status=_status(distilled, distillation is not None, cut, trial.status if trial else None),
+        status=_status(
+            distilled, distilling and distillation is not None, cut, trial.status if trial else None
+        ),
         shape=shape_text(sizes),
         parameters=sizes.get("parameters"),
         budget_distance=budget_distance(sizes.get(counted), budget),
@@ -281,6 +285,11 @@ def _status(distilled: float | None, stepping: bool, cut: float | None, trial: s
     if stepping:
         return "distilling"
     return trial or ("running" if cut is None else "cut")
+
+
+def _phase(entry: Entry) -> str:
+    """Where it is compared with others of its status: a distilled student is not behind whom its trial was."""
+    return "distilled" if entry.status == "distilled" else "search"
 
 
 def _place(entry: Entry) -> tuple[int, float, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -21,6 +22,10 @@ from minitron_ray.search.shape import Candidate, Refusals, check_axes, completed
 
 SPACE_AXES: Final = ("layers", "hidden", "heads", "kv_heads", "experts", "expert_mlp", "mlp")
 """In the order of enumeration, the first changing slowest; the MLP may depend on the hidden size."""
+
+
+MOST_SHAPES: Final = 500_000
+"""Of a space: more take gigabytes and a minute to list, and a search tries some dozens."""
 
 
 class SizesLike(Protocol):
@@ -95,9 +100,10 @@ def enumerate_candidates(
 
     A shape that cannot be cut or built says so first, then one that cannot be served, then one that is
     outside the budget. Raises ConfigError where the space names an axis that the family does not have,
-    or where no shape is left, naming what the space does reach.
+    has more than MOST_SHAPES shapes, or where none is left, naming what the space does reach.
     """
     check_axes(family, [axis for axis in SPACE_AXES if getattr(space, axis) is not None], "search.space")
+    _check_count(teacher, space)
     named = completed(teacher, _sizes(teacher, space), rules)
     shapes = len(named["mlp"])
     sizes = {axis: np.full(shapes, getattr(teacher, axis), dtype=np.int64) for axis in CUT_AXES} | named
@@ -133,6 +139,18 @@ def enumerate_candidates(
     if not any(row.in_budget for row in rows):
         raise ConfigError(_out_of_reach(rows, refused, unserved, limits))
     return rows
+
+
+def _check_count(teacher: Architecture, space: SpaceLike) -> None:
+    """Before they are listed. Raises ConfigError."""
+    chosen = {axis: choices for axis in SPACE_AXES if (choices := getattr(space, axis)) is not None}
+    counts = {axis: len(choices.sizes(teacher.hidden)) for axis, choices in chosen.items()}
+    if (shapes := math.prod(counts.values())) > MOST_SHAPES:
+        told = " x ".join(f"{count} {axis}" for axis, count in counts.items())
+        raise ConfigError(
+            f"search.space: {told} are {shapes:,} shapes, more than {MOST_SHAPES:,}; take larger steps, above all of "
+            f"{max(counts, key=counts.__getitem__)}"
+        )
 
 
 def _sizes(teacher: Architecture, space: SpaceLike) -> dict[str, Column]:

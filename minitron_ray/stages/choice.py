@@ -29,7 +29,7 @@ from minitron_ray.search.lessons import (
     rungs_of,
     size_lessons,
 )
-from minitron_ray.search.space import SPACE_AXES, Candidate
+from minitron_ray.search.space import SPACE_AXES, Candidate, SpaceLike
 from minitron_ray.stages.objectives import Cost
 
 ENDED: Final = ("completed", "stopped", "failed")
@@ -45,14 +45,15 @@ def choose(plan: Plan, store: Store, cost: Cost) -> tuple[dict[str, Any], str]:
 
     Raises MinitronError where no trial was completed with a loss.
     """
-    rows = [row for row in search_rows(store) if row["final"]]
+    trials = search_rows(store)
+    rows = [row for row in trials if row["final"]]
     losses = _completed(rows, sequence_losses(store))
     if not losses:
         reasons = sorted({row["reason"] for row in rows if row["reason"]})
         why = "; ".join(reasons) or "all were stopped"
         raise MinitronError(f"none of {len(rows)} trials was completed: {why}; see logs/ in the run")
     keep = plan.experiment.searched.keep
-    front = _front(losses, rows, cost)
+    front = _front(losses, trials, cost)
     chosen = keep_best({name: losses[name] for name in front or losses}, keep, seed=plan.experiment.seed)
     counts = {status: sum(row["status"] == status for row in rows) for status in ENDED}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
@@ -171,7 +172,7 @@ def _lessons(courses: list[Course], seed: int) -> Iterator[Row]:
 def _front_rows(trials: list[Row], known: Known, cost: Cost) -> Iterator[Row]:
     rows = [row for row in trials if row["final"]]
     losses = _completed(rows, known)
-    for name, value in _front(losses, rows, cost).items():
+    for name, value in _front(losses, trials, cost).items():
         yield {
             "kind": "front",
             "axis": cost.name,
@@ -182,11 +183,15 @@ def _front_rows(trials: list[Row], known: Known, cost: Cost) -> Iterator[Row]:
         }
 
 
-def _front(losses: Mapping[str, Losses], rows: list[Row], cost: Cost) -> dict[str, float]:
+def _front(losses: Mapping[str, Losses], trials: list[Row], cost: Cost) -> dict[str, float]:
     """Completed candidates that no other beats in loss and cost, by their loss, with their costs; none
-    where the search has one objective."""
-    found = {row["candidate_id"]: cost(row["candidate_id"], row) for row in rows}
-    costs = {name: value for name in losses if (value := found[name]) is not None}
+    where the search has one objective. A latency is the first that was measured, as for the search itself: one
+    that was taken up at a rung measured it once more."""
+    costs: dict[str, float] = {}
+    for row in sorted(trials, key=lambda row: int(row["rung"])):
+        name = row["candidate_id"]
+        if name in losses and name not in costs and (value := cost(name, row)) is not None:
+            costs[name] = value
     means = {name: float(losses[name].mean()) for name in costs}
     ranks = front_ranks(means, costs)
     return {name: costs[name] for name in in_order(means, costs) if ranks[name] == 0}
@@ -207,10 +212,9 @@ def _drawn(plan: Plan, store: Store, known: Known) -> list[Course]:
 
 def _course(plan: Plan, name: str, subject: str, phases: tuple[str, ...], known: Known) -> Course:
     """Of the rungs whose losses are finite."""
-    ratios = plan.experiment.searched.space.mlp.ratios if plan.experiment.searched.space.mlp else ()
     return Course(
         candidate_id=name,
-        sizes=_sizes(plan.candidate(name), ratios),
+        sizes=_sizes(plan.candidate(name), plan.experiment.searched.space),
         losses={
             tokens: losses
             for (of, phase, tokens), losses in known.items()
@@ -219,10 +223,12 @@ def _course(plan: Plan, name: str, subject: str, phases: tuple[str, ...], known:
     )
 
 
-def _sizes(candidate: Candidate, ratios: tuple[float, ...]) -> dict[str, float]:
-    """By axis; the MLP by its ratio to the hidden size where the space gives it so."""
-    sizes: dict[str, float] = {axis: getattr(candidate, axis) for axis in SPACE_AXES}
-    if ratios:
+def _sizes(candidate: Candidate, space: SpaceLike) -> dict[str, float]:
+    """By axis that the space names: others are the teacher's, or follow one of these. The MLP by its ratio to the
+    hidden size where the space gives it so."""
+    named = (axis for axis in SPACE_AXES if getattr(space, axis) is not None)
+    sizes: dict[str, float] = {axis: getattr(candidate, axis) for axis in named}
+    if space.mlp is not None and (ratios := space.mlp.ratios):
         sizes["mlp_ratio"] = min(ratios, key=lambda ratio: abs(ratio * candidate.hidden - sizes["mlp"]))
         del sizes["mlp"]
     return sizes

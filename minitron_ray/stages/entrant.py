@@ -143,15 +143,15 @@ class Bench:
         ]
         self.store.append("sequence_losses", rows, writer=entrant.writer, sequence=rung)
 
-    def last(self, entrant: Entrant) -> Row | None:
-        """The row of `trials` of its last rung; None where it has none."""
+    def rows(self, entrant: Entrant) -> list[Row]:
+        """Its rows of `trials`, by their rung."""
         rows = [
             row
             for writer, _, fragment in self.store.fragments("trials", entrant.writer)
             for row in fragment
             if writer == entrant.writer
         ]
-        return max(rows, key=lambda row: int(row["rung"]), default=None)
+        return sorted(rows, key=lambda row: int(row["rung"]))
 
     def clear(self, entrant: Entrant) -> None:
         """Drops the rows of an attempt that did not come to its end. Those of the rungs that its state holds
@@ -180,6 +180,7 @@ def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Any) -> in
     On a stop, by `report`, it keeps its state. Raises EnvironmentFailure where the machine can't go on with it,
     which says nothing of the student: its state stays, too.
     """
+    before = bench.rows(entrant)[:1]  # of `largest_first` what chose it: the loss of its cut
     bench.clear(entrant)
     name = entrant.subject
     report("trial_started", candidate_id=name, shape=entrant.text, parameters=entrant.shape.parameters)
@@ -192,12 +193,11 @@ def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Any) -> in
         if of_the_machine(error):
             raise left_off(entrant.text, first_line(error)) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        last = bench.last(entrant) or entrant.trial_row(0, "failed")
+        *_, last = [entrant.trial_row(0, "failed"), *before, *bench.rows(entrant)]
         bench.write(entrant, last | {"status": "failed", "final": True, "reason": reason})
     size = folder_size(bench.folder(entrant))
     shutil.rmtree(bench.folder(entrant), ignore_errors=True)
-    row = bench.last(entrant)
-    assert row is not None
+    row = bench.rows(entrant)[-1]
     report(
         "trial_finished",
         candidate_id=name,

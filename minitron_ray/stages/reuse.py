@@ -74,7 +74,9 @@ def withdraw(run: Run, record: dict[str, Any]) -> None:
         run.note_stage(stage, record["fingerprint"], "failed", told, 0.0)
     run.drop_stage(stage)
     if stage == "evaluate":
-        _clear(run.store, stage)  # of other students
+        _clear(run.store, TABLES[stage])  # of other students
+    if stage == "export":
+        _clear(run.store, (("exports", "export"),))  # likewise; the folders stay
     if stage == "search":
         run.drop_stage("baselines")  # of another winner, perhaps; what is trained stays
         reopen(run.store)
@@ -223,7 +225,7 @@ def outputs_exist(folder: Path, output: dict[str, Any]) -> bool:
 
 def _copy(source: Path, run: Run, stage: str, output: dict[str, Any]) -> None:
     there = Store(source, run.experiment, run.run_id)
-    _clear(run.store, stage)  # of an attempt of its own that did not end, or failed
+    _clear(run.store, TABLES[stage])  # of an attempt of its own that did not end, or failed
     for table, writers in TABLES[stage]:
         for writer, sequence, rows in there.fragments(table, writers):
             run.store.append(table, rows, writer=writer, sequence=sequence)
@@ -236,7 +238,7 @@ def _copy(source: Path, run: Run, stage: str, output: dict[str, Any]) -> None:
         shutil.copytree(source / path, target, copy_function=link_or_copy)
 
 
-def _clear(store: Store, stage: str) -> None:
-    for table, writers in TABLES[stage]:
+def _clear(store: Store, written: Iterable[tuple[str, str]]) -> None:
+    for table, writers in written:
         for writer in {writer for writer, _, _ in store.fragments(table, writers)}:
             store.remove(table, writer)

@@ -17,6 +17,7 @@ from minitron_ray.cli import main
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 CLUSTER = EXPERIMENTS.parent / "cluster"
 PAPER = [str(EXPERIMENTS / name) for name in ("15b_to_8b.yaml", "8b_to_4b.yaml")]
+QUICKSTART = str(EXPERIMENTS / "quickstart.yaml")
 SMOLLM = str(EXPERIMENTS / "smollm2_135m_to_90m.yaml")
 STAGES = ("importance", "teacher", "search", "distill", "evaluate", "export")
 
@@ -147,8 +148,28 @@ def test_a_halving_before_ranks_mean_anything_is_warned_of(plan: Any) -> None:
     assert "halving after" not in plan(PAPER[0]).stdout, "nothing is halved there"
 
 
+def test_a_sampler_that_learns_nothing_is_said(plan: Any) -> None:
+    """Six trials in one cohort; in two of three the second still knows three results, and needs four."""
+
+    def line(*more: str) -> str:
+        return next(
+            one for one in plan(QUICKSTART, *more).stdout.splitlines() if one.startswith("candidates")
+        )
+
+    nothing = (
+        "6 will be tried, all chosen before any has a result: the best undistilled cuts and others by lot"
+    )
+    assert nothing in line()
+    assert nothing in line("--set", "search.halving.cohort=3")
+    learns = line("--set", "search.halving.cohort=3", "--set", "search.sampler={kind: tpe, startup: 3}")
+    assert learns.endswith("6 will be tried")
+    assert line("--set", "search.sampler={kind: random}").endswith("6 will be tried")
+    assert line("--set", "search.trials=8").endswith("8 will be tried (all of them)")
+
+
 def test_devices_that_a_cohort_leaves_idle_are_said(plan: Any, eight_h100s: str) -> None:
-    """8 trials in two cohorts of 4; one of 8 keeps all devices busy, and so do pairs of them."""
+    """8 trials in two cohorts of 4; one of 8 keeps all devices busy, and so do pairs of them where one device is too
+    small."""
 
     def idle(*more: str) -> list[str]:
         lines = plan(SMOLLM, "--cluster", eight_h100s, *more).stdout.splitlines()
@@ -162,6 +183,8 @@ def test_devices_that_a_cohort_leaves_idle_are_said(plan: Any, eight_h100s: str)
     [few] = idle("--set", "search.sampler={kind: random}", "--set", "search.trials=6")
     assert few.endswith("at most 6 of 8 devices busy: it has 6 trials in all")
     Path(eight_h100s).write_text("devices: {kind: h100, count: 8}\ntrial_workers: 2\n")
+    assert idle() == [line], "each of these students trains in one process: one device holds it"
+    Path(eight_h100s).write_text("devices: {flops: 100T, memory: 1GiB, count: 8}\ntrial_workers: 2\n")
     assert idle() == []
 
 

@@ -52,6 +52,40 @@ def test_a_good_file(validate):
 MISTAKES = [
     pytest.param(
         "  parameters: 90M",
+        "  parameters: 85M..95M\n  tolerance: 3%",
+        "x.yaml:7:14: budget.tolerance: no bound of this budget is a centre without a tolerance of its own, so this "
+        "key changes nothing; leave it out",
+        id="a tolerance of no centre",
+    ),
+    pytest.param(
+        "  parameters: 90M",
+        "  memory: 400MiB\n  tolerance: 3%",
+        "x.yaml:7:14: budget.tolerance: no bound of this budget is a centre without a tolerance of its own, so this "
+        "key changes nothing; leave it out",
+        id="a tolerance of a limit",
+    ),
+    pytest.param(
+        "  parameters: 90M",
+        "  parameters: 90M\n  at: {batch: 8}",
+        "x.yaml:7:3: budget.at: memory and flops are counted for this load, and this budget bounds neither, so this "
+        "key changes nothing; leave it out",
+        id="a load of nothing",
+    ),
+    pytest.param(
+        "  parameters: 90M",
+        "  memory: 400MiB\n  count: non_embedding",
+        "x.yaml:7:10: budget.count: this budget does not bound parameters, so this key changes nothing; leave it out",
+        id="a count of nothing",
+    ),
+    pytest.param(
+        "  parameters: 90M",
+        "  parameters: 90Q..9\n  memory: 400MiB\n  tolerance: 3%",
+        "x.yaml:6:15: budget.parameters: expected a count (90M, 1.8B, 7_000), found '90Q'; suffixes are K, M, B and "
+        "T in '90Q..9'",
+        id="a tolerance of a mistake",
+    ),
+    pytest.param(
+        "  parameters: 90M",
         "  parameters: 90M\n  tolerence: 5%",
         "x.yaml:7:3: budget.tolerence: unknown key; did you mean 'tolerance'?",
         id="unknown key",

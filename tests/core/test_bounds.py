@@ -36,6 +36,8 @@ def read(kind: type[Bounds], value: Any) -> Bounds:
         (ByteBounds, "1.5KiB ± 50%", (768, 2304)),
         (ByteBounds, "<= 24GB", (0, 24 * 10**9)),
         (ByteBounds, "<= 1000", (0, 1000)),
+        (ByteBounds, "22GiB", (0, 22 * 2**30)),
+        (ByteBounds, 1000, (0, 1000)),
     ],
 )
 def test_what_is_inside(kind: type[Bounds], written: Any, ends: tuple[int, int]) -> None:
@@ -74,10 +76,10 @@ def test_a_centre_alone_is_written_as_a_number() -> None:
         (CountBounds, [1, 2], "expected a count"),
         (CountBounds, "8B ± 5", r"not between 0 and 1 .* did you mean 5%\?"),
         (CountBounds, "≤ 22GiB", "found '22GiB'.* in '≤ 22GiB'"),
-        (ByteBounds, "22G tokens", "expected bytes .* suffixes are KiB to TiB"),
-        (ByteBounds, True, "expected bytes"),
+        (ByteBounds, "22G tokens", "expected at most so many bytes .* suffixes are KiB to TiB"),
+        (ByteBounds, True, "expected at most so many bytes"),
         (ByteBounds, "<= 0GiB", "must be at least 1 byte"),
-        (ByteBounds, None, "expected bytes .* found nothing"),
+        (ByteBounds, None, "expected at most so many bytes .* found nothing"),
     ],
 )
 def test_what_cannot_be_read(kind: type[Bounds], written: Any, problem: str) -> None:

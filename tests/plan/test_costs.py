@@ -303,7 +303,7 @@ def test_a_group_shares_the_teacher_and_who_is_evaluated(signal: str) -> None:
 def test_thousands_of_shapes_are_costed_at_once() -> None:
     plan = planned(
         "smollm2_135m_to_90m",
-        "budget.parameters=60M..130M",
+        "budget={parameters: 60M..130M}",
         "search.space.mlp=512..1536 by 2",
         "search.trials=50",
     )

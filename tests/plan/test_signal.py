@@ -83,6 +83,14 @@ def test_the_rule(overrides: tuple[str, ...], expected: object) -> None:
         assert chosen[0].bytes <= LARGEST_SIGNAL
 
 
+@pytest.mark.parametrize("tokens", ["9M", "12M", "15M", "20M", "30M", "40M"])
+def test_the_plan_and_the_run_choose_alike(tokens: str) -> None:
+    """A run settles `auto` by its device before it chooses."""
+    precisions = ("auto", "bfloat16", "float32")
+    plans = [plan(f"search.retrain.tokens={tokens}", f"precision={one}") for one in precisions]
+    assert len({choose_signal(one.experiment, one.teacher) for one in plans}) == 1
+
+
 def test_a_loss_that_takes_no_sparse_signal_says_so() -> None:
     assert costs(plan("search.retrain.loss.kind=jsd"))["sampled 50"].refused == (
         "the loss jsd compares whole distributions"

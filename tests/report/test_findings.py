@@ -133,6 +133,20 @@ def test_a_tie_with_the_search_says_nothing_of_the_distilled(concluded: Run) -> 
     assert any(line.startswith("2=") and "+0.0100 [-0.0200, +0.0400] =" in line for line in lines)
 
 
+def test_who_is_best_after_distillation_is_behind_nobody(concluded: Run) -> None:
+    """Though it was behind in the search, which another won."""
+    ahead = [comparison(A, 0.1, 0.03, phase="distilled", tokens=65_536)]
+    concluded.store.append("comparisons", ahead, writer="conclusion", sequence=2)
+    more = [
+        {"subject": B, "phase": "distilled", "metric": "val_loss", "value": 3.41, "distill_tokens": 65_536}
+    ]
+    concluded.store.append("evaluations", more, writer="driver", sequence=1)
+    entries = {entry.subject: entry for entry in rank(read_info(concluded.folder)).entries}
+    assert (entries[B].rank, entries[B].behind, entries[B].tied) == (1, None, False)
+    assert entries[A].rank == 2 and entries[A].behind and entries[A].behind["phase"] == "distilled"
+    assert "no other student ties with the best on 32 validation sequences" in shown(concluded, 200)
+
+
 def test_a_tie_of_one_that_halving_stopped_is_said(concluded: Run) -> None:
     said = f"where halving stopped them: {SHAPE_C} (search.keep: ties trains them to the end)"
     assert not any(line.endswith(said) for line in shown(concluded, 200))

@@ -428,6 +428,17 @@ def test_experts_and_their_size() -> None:
     assert found[4, 16].row()["experts"] == 4 and found[4, 16].row()["expert_mlp"] == 16
 
 
+def test_a_space_that_nobody_can_list_is_refused() -> None:
+    """Before anything is listed, and with the axis that has most sizes."""
+    space = {"layers": "1..30", "hidden": "64..576 by 4", "mlp": "64..1536 by 2"}
+    with pytest.raises(
+        ConfigError,
+        match=r"^search\.space: 30 layers x 129 hidden x 737 mlp are 2,852,190 shapes, more than 500,000; take larger "
+        r"steps, above all of mlp$",
+    ):
+        candidates(SMOLLM2, Space.model_validate(space), ANY)
+
+
 def test_axes_that_a_family_does_not_have() -> None:
     with pytest.raises(
         ConfigError,

@@ -31,7 +31,7 @@ HARDNESS = np.random.default_rng(0).normal(0, 1, 16)
 LAST = 200
 
 
-def plan_of(**search: Any) -> Plan:
+def plan_of(config: dict[str, Any] = CONFIG, **search: Any) -> Plan:
     """Shapes of 2 to 4 layers by MLPs of 48 to 96, all inside the budget."""
     return make_plan(
         Experiment.model_validate(
@@ -49,7 +49,7 @@ def plan_of(**search: Any) -> Plan:
                 },
             }
         ),
-        CONFIG,
+        config,
     )
 
 
@@ -268,6 +268,20 @@ def test_lessons_tell_sizes_and_flips(tmp_path: Path) -> None:
     assert {(best, third), (best, tied), (tied, third)} == flips
 
 
+def test_axes_that_follow_others_are_no_lessons(tmp_path: Path) -> None:
+    """Where each head has keys and values of its own, KV groups are the heads once more."""
+    alone = {**CONFIG, "num_key_value_heads": CONFIG["num_attention_heads"]}
+    plan = plan_of(alone, space={"layers": "2..4", "heads": [2, 4, 6]})
+    assert {row.candidate.kv_heads for row in plan.feasible} == {2, 4, 6}
+    table = Table(plan, tmp_path)
+    for at in range(8):
+        table.trial(at, 6.0 + at, 4.0 + at, 3.0 + at)
+    conclude(plan, table.store)
+    assert {row["axis"] for row in table.rows("lessons", kind="size")} == {"layers", "heads"}
+    shares = {row["axis"]: row["importance"] for row in table.rows("lessons", kind="importance", tokens=LAST)}
+    assert shares.keys() == {"layers", "heads"} and sum(shares.values()) == pytest.approx(1)
+
+
 def test_a_ratio_stays_a_ratio(tmp_path: Path) -> None:
     plan = plan_of(space={"layers": "2..4", "mlp": {"ratio": [1, 1.5, 2]}})
     table = Table(plan, tmp_path)
@@ -291,6 +305,19 @@ def test_a_front_keeps_what_no_other_beats_in_both(tmp_path: Path) -> None:
     assert [(row["candidate_id"], row["cost"]) for row in front] == [
         (name, table.plan.feasible[table.ids.index(name)].parameters) for name in (large, small)
     ]
+
+
+def test_a_latency_is_the_first_that_was_measured(tmp_path: Path) -> None:
+    """A trial that is taken up at a rung measures anew; what halving went by stays."""
+    table = Table(plan_of(sampler={"kind": "nsga2", "against": "latency"}, keep=2), tmp_path)
+    slow, fast = table.trial(0, 6.0, 4.0, 3.1), table.trial(1, 6.0, 4.0, 3.4)
+    for name, latencies in ((slow, (0.02, 0.02, 0.02)), (fast, (0.01, 0.03, 0.03))):
+        for writer, rung, rows in list(table.store.fragments("trials", f"trial-{name}")):
+            timed = [row | {"latency": latencies[rung]} for row in rows]
+            table.store.append("trials", timed, writer=writer, sequence=rung)
+    assert table.chosen()[0] == [slow, fast], "by its last latency the fast one would be off the front"
+    conclude(table.plan, table.store)
+    assert [row["cost"] for row in table.rows("lessons", kind="front")] == [0.02, 0.01]
 
 
 def test_an_experiment_without_a_search_has_no_conclusions(tmp_path: Path) -> None:
