@@ -71,7 +71,7 @@ def teacher_of(job: dict[str, Any]) -> Headless:
 def student_of(job: dict[str, Any], sharded: bool = True) -> Headless:
     checkpoint = Checkpoint(Path(job["student"]))
     more: dict[str, Any] = {}
-    sharding = Sharding(1, torch.device(job["device"])) if sharded else None
+    sharding = Sharding(1, torch.device(job["device"]), getattr(torch, job["dtype"])) if sharded else None
     if sharding is not None:
         more["each_layer"] = sharding.layer
     student = Headless(

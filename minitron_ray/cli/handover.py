@@ -32,9 +32,10 @@ def hand_over(
     results: str,
     overrides: Sequence[str],
     working_dir: Path | None,
+    rehearse: bool = False,
 ) -> tuple[str, str]:
-    """Submits the experiments as one job, run by the interpreter `python` there: the job's name, and what
-    was copied in words.
+    """Submits the experiments as one job, run or rehearsed by the interpreter `python` there: the job's name, and
+    what was copied in words.
 
     Raises ConfigError for a results folder that is not absolute, a working folder that does not hold the
     experiments or is too large; EnvironmentFailure where the job server refuses.
@@ -65,6 +66,8 @@ def hand_over(
         if cluster_file is not None:
             shutil.copyfile(cluster_file, Path(copy, _SETTINGS))
             command += ["--cluster", _SETTINGS]
+        if rehearse:
+            command.append("--rehearse")
         for override in overrides:
             command += ["--set", override]
         metadata = {"stages": ",".join(stages), "results": results}

@@ -30,6 +30,9 @@ server_option = click.option(
     help="Folder that is copied to the cluster (default: that of the EXPERIMENT files).",
 )
 @click.option("--detach", is_flag=True, help="Do not follow the run.")
+@click.option(
+    "--rehearse", is_flag=True, help="First find out there what would fail, with small models (see `run`)."
+)
 @quiet_option
 def submit(
     experiments: tuple[Path, ...],
@@ -39,6 +42,7 @@ def submit(
     cluster_file: Path | None,
     working_dir: Path | None,
     detach: bool,
+    rehearse: bool,
     quiet: bool,
 ) -> None:
     """Run each EXPERIMENT on a cluster as a Ray job, and follow it here.
@@ -66,6 +70,7 @@ def submit(
         results=results,
         overrides=overrides,
         working_dir=working_dir,
+        rehearse=rehearse,
     )
     click.echo(f"submitted {job}, with {uploaded}; to follow it again: {watch_command(jobs, job)}", err=True)
     if not detach:

@@ -203,7 +203,17 @@ def _texts_of_rows(piece: Piece, column: str) -> Iterator[Document]:
         if value is not None and not isinstance(value, str):
             raise ConfigError(_not_a_text(piece.file, place, column, value))
         if value and value.strip():
-            yield Document(text=value, origin=f"{piece.name}:{place}")
+            yield Document(text=_unicode(value), origin=f"{piece.name}:{place}")
+
+
+def _unicode(text: str) -> str:
+    """`text` with U+FFFD for halves of surrogate pairs, which JSON can write (`"\\ud83d"`) and no tokenizer takes:
+    scraped text has them where it was cut."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _whole_text(file: StoredFile) -> str:

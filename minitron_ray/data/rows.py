@@ -41,7 +41,7 @@ def row_groups(file: StoredFile, column: str) -> list[int]:
             _check_column(file, column, parquet)
             about = parquet.metadata
             return [about.row_group(number).total_byte_size for number in range(about.num_row_groups)]
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ConfigError(_damaged(file.where, "parquet", error)) from error
 
 
@@ -122,7 +122,7 @@ def _read_parquet(file: StoredFile, column: str, span: Span | None = None) -> It
             batches = parquet.iter_batches(_BATCH, row_groups=groups, columns=[column])
             for place, value in _number((batch.column(0) for batch in batches), before):
                 yield str(place), value
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ConfigError(_damaged(file.where, "parquet", error)) from error
 
 
@@ -147,7 +147,7 @@ def _read_arrow(path: Path, column: str) -> Iterator[tuple[int, Any]]:
             if column not in names:
                 raise ConfigError(_no_column(str(path), column, names))
             yield from _number(batch.column(column) for batch in batches)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ConfigError(_damaged(str(path), "arrow", error)) from error
 
 

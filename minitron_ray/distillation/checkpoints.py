@@ -257,7 +257,11 @@ class Checkpoints:
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    begun = bool(optimizer.state)
     weights, state = get_state_dict(model, optimizer)
+    if not begun:  # torch makes what is not there yet by a step at rate 0, which is none of the training's
+        for each in optimizer.state.values():
+            each["step"].zero_()
     return {"model": weights, "optimizer": state}
 
 

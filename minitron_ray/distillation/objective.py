@@ -1,7 +1,7 @@
 """`Objective`: what a micro-batch is trained on, the logits' loss and the hidden states beside it.
 
 L = L_logits + alpha · L_is (paper §3). Modules are listened to with hooks that are set once, before the first
-pass, so that compiled and recomputed layers know them.
+pass; the layers that they are in are not compiled (`sharding.prepare_layer`).
 """
 
 from __future__ import annotations

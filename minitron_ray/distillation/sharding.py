@@ -80,10 +80,7 @@ def prepare_layer(layer: nn.Module, engine: Engine) -> None:
     """Lets a decoder layer run forward as `engine` says. Before it is sharded: hooks stay outside."""
     if not (engine.recompute or engine.compiled):
         return
-    forward = inspect.unwrap(type(layer).forward)
-    if engine.compiled:
-        forward = _compiled(forward)
-    layer.forward = _Forward(layer, forward, recompute=engine.recompute)
+    layer.forward = _Forward(layer, inspect.unwrap(type(layer).forward), engine)
 
 
 @cache
@@ -93,17 +90,29 @@ def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Forward:
-    """A layer's forward pass. Does not hold the layer, which would then outlive its last use."""
+    """A layer's forward pass. Does not hold the layer, which would then outlive its last use.
 
-    def __init__(self, layer: nn.Module, forward: Callable[..., Any], *, recompute: bool) -> None:
-        self._layer, self._forward, self._recompute = weakref.ref(layer), forward, recompute
+    A layer in which somebody listens is not compiled: by torch's defaults compiled code does not look whether a
+    module has hooks, and all layers share the code of one that may have had none.
+    """
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any], engine: Engine) -> None:
+        self._layer, self._forward, self._engine = weakref.ref(layer), forward, engine
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         layer = self._layer()
         assert layer is not None
-        if self._recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, layer, *args, use_reentrant=False, **options)
-        return self._forward(layer, *args, **options)
+        compiled = self._engine.compiled and not _listened_to(layer)
+        forward = _compiled(self._forward) if compiled else self._forward
+        if self._engine.recompute and torch.is_grad_enabled():
+            return checkpoint(forward, layer, *args, use_reentrant=False, **options)
+        return forward(layer, *args, **options)
+
+
+def _listened_to(layer: nn.Module) -> bool:
+    """Whether a module inside has hooks; those of the layer itself are called outside of its forward pass."""
+    inside = (module for module in layer.modules() if module is not layer)
+    return any(module._forward_hooks or module._forward_pre_hooks for module in inside)
 
 
 def begin_pass(model: nn.Module, device: torch.device, *, last: bool) -> None:

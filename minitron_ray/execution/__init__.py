@@ -13,7 +13,8 @@ for _name, _value in {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",  # a group that can't be placed is tried again by us
     # A worker that answers nothing for so long is lost: its node hangs, or the network to it is cut.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
-    # Where a node is to be taken away, workers go on until they hear its SIGTERM, save, and a group begins anew.
+    # It would tell workers of a node that is to be taken away. Those that get SIGTERM themselves, as under Slurm, save
+    # first; those that end with their node do not, and a group goes on from the last checkpoint.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our tables are the record
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is StopSignal's

@@ -8,6 +8,7 @@ the folder is renamed. A killed build leaves a `.partial` folder which the next 
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from minitron_ray.results.files import (
 
 DONE = "DONE.json"
 _LOOK_S = 1.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -95,7 +97,12 @@ class Cache:
         remove_tree(temporary)
         make_folder(temporary)
         try:
-            yield temporary
+            try:
+                yield temporary
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                raise cannot_write(entry, error) from error
             if self.find(kind, digest) is None:
                 self._publish(temporary, entry, describe)
         finally:

@@ -102,7 +102,7 @@ class Bench:
             student = setting.headless(initialized(config, seed=seed))
             setting.lift(student, section, candidate, None)
             layers = student.model.get_submodule(setting.family.decoder_layers)
-            setting.sharding(share).whole(student, layers.children())
+            setting.sharding(share, trial=True).whole(student, layers.children())
             return student
         scores = self.scores
         if entrant.origin == "magnitude":

@@ -88,7 +88,10 @@ def run(context: Context, plan: Plan, setting: Setting, signal: str | None) -> t
 
 def _alone(context: Context, plan: Plan) -> frozenset[str]:
     """The candidates that one device holds, of a search whose trials are groups else. A GPU that nothing is known
-    of is asked for its memory; processors share that of their machine."""
+    of is asked for its memory; processors share that of their machine. None in a rehearsal: its small models would
+    all fit, and the groups of the real ones be proven by nobody."""
+    if context.run.rehearsal:
+        return frozenset()
     cluster = context.cluster
     hardware = known_hardware(cluster.settings, context.cache, plan)
     layout = layout_of(cluster.settings, hardware)

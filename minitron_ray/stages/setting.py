@@ -25,7 +25,7 @@ from minitron_ray.distillation.sharding import FrozenSharding, Sharding, prepare
 from minitron_ray.distillation.state_loss import Intermediate
 from minitron_ray.distillation.teacher import OnlineTeacher, StoredTeacher, TeacherSignal
 from minitron_ray.evaluation.measure import Measurement, measure
-from minitron_ray.experiment import Experiment
+from minitron_ray.experiment import Experiment, Retrain
 from minitron_ray.importance.scores import Scores
 from minitron_ray.models.architecture import Architecture
 from minitron_ray.models.cost import BYTES, forward_flops, head_flops, training_flops
@@ -172,8 +172,6 @@ class Setting:
     def student(self, candidate: Candidate, scores: Scores, device: torch.device) -> Headless:
         """The undistilled student cut from the memory-mapped checkpoint, float32."""
         config, tensors = self.cut(candidate, scores, torch.float32)
-        # Compiling takes longer than a trial, and each shape would have to be.
-        engine = replace(self.engine, compiled=False)
         return self.headless(
             build(
                 config,
@@ -181,7 +179,7 @@ class Setting:
                 dtype=torch.float32,
                 device=device,
                 trainable=True,
-                each_layer=lambda layer: prepare_layer(layer, engine),
+                each_layer=lambda layer: prepare_layer(layer, self._trial_engine),
             )
         )
 
@@ -192,7 +190,7 @@ class Setting:
         layer as soon as it is cut, so that no device ever holds the whole student. With the projection that
         `section` needs."""
         config, tensors = self.cut(candidate, scores, torch.float32)
-        sharding = self.sharding(share)
+        sharding = self.sharding(share, trial=isinstance(section, Retrain))
         student = self.headless(
             build(
                 config,
@@ -236,9 +234,14 @@ class Setting:
         generator = torch.Generator().manual_seed(self.experiment.seed)
         return torch.randn(width, candidate.hidden, generator=generator) / candidate.hidden**0.5
 
-    def sharding(self, share: Share) -> Sharding:
+    def sharding(self, share: Share, *, trial: bool) -> Sharding:
         """For a student of all ranks of `share`."""
-        return Sharding(share.world, share.device, share.dtype, self.engine)
+        return Sharding(share.world, share.device, share.dtype, self._trial_engine if trial else self.engine)
+
+    @property
+    def _trial_engine(self) -> Engine:
+        """Compiling takes longer than a trial, and each shape would have to be."""
+        return replace(self.engine, compiled=False)
 
     def cut(
         self, candidate: Candidate, scores: Scores, dtype: torch.dtype

@@ -76,6 +76,8 @@ def test_the_experiments_folder_is_handed_over_without_results(desk: Desk) -> No
         ).split()
     )
     assert server.metadata["stages"].split(",")[0] == "prepare"
+    given(desk, server, rehearse=True)
+    assert server.command[-1] == "--rehearse"
 
 
 def test_results_need_an_absolute_path(desk: Desk) -> None:

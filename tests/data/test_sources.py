@@ -74,6 +74,26 @@ def test_rows_keep_their_order_and_blank_ones_are_left_out(tmp_path: Path, cache
         assert documents[-1].origin == f"{name}:{place}"
 
 
+def test_halves_of_surrogate_pairs_are_replaced(tmp_path: Path, cache: Cache) -> None:
+    """JSON can write them; whole pairs are the character."""
+    (tmp_path / "cut.jsonl").write_text(
+        '{"text": "ab \\ud83d"}\n{"text": "\\ud83d\\ude00 \\ude00 \\u2014"}\n'
+    )
+    texts = [document.text for document in Files(path="cut.jsonl").documents(tmp_path, cache)]
+    assert texts == ["ab \ufffd", "\U0001f600 \ufffd —"]
+
+
+def test_text_that_is_not_unicode_names_its_file(tmp_path: Path, cache: Cache) -> None:
+    texts = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\x00\x00\x00\x00\x02\x00\x00\x00"), pa.py_buffer(b"\xff\xfe")]
+    )
+    pq.write_table(pa.table({"text": texts}), tmp_path / "bad.parquet")
+    with pytest.raises(
+        ConfigError, match=r"bad\.parquet can't be read as parquet: .*it is damaged, fetch it again"
+    ):
+        list(Files(path="bad.parquet").documents(tmp_path, cache))
+
+
 def test_text_as_found_on_windows(tmp_path: Path, cache: Cache) -> None:
     (tmp_path / "a.md").write_bytes("\ufeffone\r\ntwo".encode())
     assert [d.text for d in Files(path="a.md").documents(tmp_path, cache)] == ["one\ntwo"]

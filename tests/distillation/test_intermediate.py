@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,6 +165,33 @@ def test_layers_that_are_computed_again_give_the_same(tiny_llama: Path) -> None:
         prepare_layer(layer, Engine(recompute=True))
     found = steps(student, teacher_of(tiny_llama))
     assert losses(found) == losses(steps(student_of(tiny_llama), teacher_of(tiny_llama)))
+
+
+@pytest.mark.skipif(
+    shutil.which("cc") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
+)
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_that_are_listened_to_are_heard_where_others_are_compiled(
+    tiny_llama: Path, recompute: bool
+) -> None:
+    """In one of two layers there is an ear; torch would give both the code of the other."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    own = recipe()
+    assert own.intermediate is not None
+    first = tuple(pair for pair in own.intermediate.pairs if "layers.0." in pair.student)
+    own = replace(own, intermediate=replace(own.intermediate, pairs=first))
+    found = []
+    for engine in (Engine(), Engine(recompute=recompute, compiled=True)):
+        student, teacher = student_of(tiny_llama), OnlineTeacher(teacher_of(tiny_llama))
+        for layer in student.model.model.layers:
+            prepare_layer(layer, engine)
+        share = Share(device=CPU, dtype=torch.float32, micro_batch=6)
+        found.append(losses(list(train(student, make_optimizer(student, own), teacher, DATA, own, share))))
+    np.testing.assert_allclose(*found, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def _rank(rank: int, world: int, folder: Path, out: Path) -> None:

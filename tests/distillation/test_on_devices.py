@@ -179,6 +179,29 @@ def test_a_checkpoint_is_of_its_step_while_training_goes_on(
         np.testing.assert_allclose(rest, whole[SAVED:], rtol=1e-5)
 
 
+def test_a_checkpoint_before_the_first_update_is_no_update(
+    tiny_llama: Path, tmp_path: Path, device: torch.device, group: None
+) -> None:
+    """As where the first step was skipped, and a stop came in it."""
+    online, found = OnlineTeacher(teacher(tiny_llama, device)), {}
+    for saved in (False, True):
+        model = student(tiny_llama, device)
+        optimizer = make_optimizer(model, FEW)
+        if saved:
+            checkpoints = Checkpoints(tmp_path, 0, device, asynchronous=False)
+            checkpoints.save(1, model, optimizer)
+            checkpoints.finish()
+            again = student(tiny_llama, device)
+            resumed = make_optimizer(again, FEW)
+            checkpoints.load(1, again, resumed)
+            checkpoints.close()
+            found["resumed"] = losses(train(again, resumed, online, DATA, FEW, share(device), first_step=2))
+        steps = train(model, optimizer, online, DATA, FEW, share(device), first_step=2)
+        found["saved" if saved else "left alone"] = losses(steps)
+    for how in ("saved", "resumed"):
+        np.testing.assert_allclose(found[how], found["left alone"], rtol=0 if device.type == "cpu" else 1e-5)
+
+
 def state(model: Headless, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Copies of all there is, on the CPU."""
     found = {name: value.detach().cpu().clone() for name, value in model.named_parameters()}

@@ -142,6 +142,7 @@ def test_every_rank_knows_the_same_of_a_step(figures: dict[str, dict[str, np.nda
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
 def test_compiled_layers_give_the_same_losses_from_one_compilation(tiny_llama: Path) -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     share, three = Share(device=CPU, dtype=torch.float32, micro_batch=5), replace(RECIPE, schedule=SHORT)
     found = {}
     for how, engine in (("plain", Engine()), ("compiled", Engine(compiled=True, recompute=True))):

@@ -122,14 +122,15 @@ TEMPLATE = closed(
         "metadata": closed({"labels": LABELS}),
         "spec": closed(
             {
-                "automountServiceAccountToken": {"const": False},
+                "automountServiceAccountToken": {
+                    "const": False
+                },  # only an autoscaler asks Kubernetes for anything
                 "restartPolicy": {"enum": ["Never", "OnFailure", "Always"]},
                 "terminationGracePeriodSeconds": {"type": "integer"},
                 "containers": {"type": "array", "items": CONTAINER, "minItems": 1},
                 "volumes": {"type": "array", "items": VOLUME},
             },
             "containers",
-            "automountServiceAccountToken",
         ),
     },
     "spec",
@@ -149,6 +150,8 @@ RAY_CLUSTER = closed(
     {
         "rayVersion": {"type": "string"},
         "authOptions": closed({"mode": {"const": "token"}}, "mode"),
+        "enableInTreeAutoscaling": {"type": "boolean"},
+        "autoscalerOptions": closed({"idleTimeoutSeconds": {"type": "integer"}}),
         "headGroupSpec": closed(
             {"serviceType": {"const": "ClusterIP"}, "rayStartParams": TEXTS, "template": TEMPLATE},
             *("serviceType", "rayStartParams", "template"),
@@ -193,6 +196,22 @@ def test_manifests_have_fields_that_kuberay_has(name: str, schema: dict[str, Any
     cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0  # KubeRay's are texts
     with pytest.raises(jsonschema.ValidationError, match="0 is not of type 'string'"):
         jsonschema.validate(ray["spec"], schema)
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_only_a_head_with_an_autoscaler_may_ask_kubernetes(name: str) -> None:
+    """And a cluster that makes nodes begins with none, as those of the launcher do."""
+    ray, cluster, _ = manifest(name)
+    pods = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    denied = [pod["template"]["spec"].get("automountServiceAccountToken", True) is False for pod in pods]
+    scales = cluster.get("enableInTreeAutoscaling", False)
+    assert scales == (ray["kind"] == "RayCluster")
+    assert denied == [not scales] + [True] * (len(pods) - 1)
+    if ray["kind"] == "RayJob":
+        assert ray["spec"]["submitterPodTemplate"]["spec"]["automountServiceAccountToken"] is False
+    for group in cluster["workerGroupSpecs"]:
+        least = group["minReplicas"]
+        assert group["replicas"] == least and (least == 0) == scales and group["maxReplicas"] >= max(1, least)
 
 
 @pytest.mark.parametrize("name", MANIFESTS)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,24 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         cache.ensure("tokens", DIGEST, {}, fill)
     assert cache.find("tokens", DIGEST) is None
     assert [path.name for path in (tmp_path / ".cache" / "tokens").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_while_an_entry_is_filled_is_one_line(tmp_path: Path, number: int) -> None:
+    """What else a filling can't open is its own affair."""
+    cache = Cache(tmp_path)
+
+    def fill(error: int) -> Callable[[Path], None]:
+        def raises(folder: Path) -> None:
+            raise OSError(error, os.strerror(error), str(folder / "tokens.arrow"))
+
+        return raises
+
+    with pytest.raises(EnvironmentFailure, match=rf"tokens/{DIGEST}.*{os.strerror(number).lower()}"):
+        cache.ensure("tokens", DIGEST, {}, fill(number))
+    with pytest.raises(FileNotFoundError):
+        cache.ensure("tokens", DIGEST, {}, fill(errno.ENOENT))
+    assert cache.find("tokens", DIGEST) is None
 
 
 def test_an_entry_is_filled_once(tmp_path: Path) -> None:
