@@ -185,28 +185,20 @@ class Budget(Section):
     """Which parameters count."""
     at: At = At()
 
-    @field_validator("tolerance", "count", "at")
+    @field_validator("tolerance")
     @classmethod
-    def _says_something(cls, value: Any, info: ValidationInfo) -> Any:
+    def _of_a_centre(cls, value: float, info: ValidationInfo) -> float:
         """In a file, which is read as JSON: runs from before this rule are still reported."""
-        bounds = {
-            name: info.data.get(name) for name in ("parameters", "memory", "flops") if name in info.data
-        }
-        default = cls.model_fields[str(info.field_name)].default
-        if value == default or info.mode != "json" or len(bounds) < 3 or not any(bounds.values()):
-            return value  # a bound that can't be read is said by itself
-        refused = None
-        if info.field_name == "tolerance":
-            if not any(bound and bound.centre and bound.tolerance is None for bound in bounds.values()):
-                refused = "no bound of this budget is a centre without a tolerance of its own"
-        elif info.field_name == "count":
-            if bounds["parameters"] is None:
-                refused = "this budget does not bound parameters"
-        elif bounds["memory"] is None and bounds["flops"] is None:
-            refused = "memory and flops are counted for this load, and this budget bounds neither"
-        if refused is not None:
-            raise ValueError(f"{refused}, so this key changes nothing; leave it out")
-        return value
+        bounds = [info.data[name] for name in ("parameters", "memory", "flops") if name in info.data]
+        readable = len(bounds) == 3 and any(bounds)  # one that can't be read is said by itself
+        if value == cls.model_fields["tolerance"].default or info.mode != "json" or not readable:
+            return value
+        if any(bound is not None and bound.centre and bound.tolerance is None for bound in bounds):
+            return value
+        raise ValueError(
+            "no bound of this budget is a centre without a tolerance of its own, so this key changes nothing; leave it "
+            "out (with --set replace the whole section: budget={...})"
+        )
 
     @model_validator(mode="after")
     def _something_to_keep_to(self) -> Self:

@@ -19,11 +19,6 @@ from minitron_ray.weights.vocabulary import capped, common_rows, project, row_sl
 
 _CHUNK: Final = {"cpu": 2**23, "cuda": 2**27}
 """Logits of one model held at once: 32 MiB in float32 on a CPU, 512 MiB on a GPU."""
-_FEWEST: Final = 64
-"""Tokens of a chunk at the least."""
-_PARTS: Final = 16
-"""On a GPU a chunk has no more than one in so many of the tokens: logits, loss and gradient are five or six buffers of
-it."""
 
 
 class _FusedHead(torch.autograd.Function):
@@ -70,9 +65,7 @@ class _Pass:
         if sparse is None and loss.needs_teacher and teacher_hidden is not None and teacher_head is not None:
             self._teacher_states, self._teacher_head = teacher_hidden, teacher_head.to(dtype)
         size = _CHUNK.get(hidden.device.type, _CHUNK["cpu"]) // len(head)
-        if hidden.device.type == "cuda":  # whose chunks may be large: still a small part of all
-            size = min(size, max(_FEWEST, len(hidden) // _PARTS))
-        self._chunk = max(1, min(len(hidden), max(_FEWEST, size)))
+        self._chunk = max(1, min(len(hidden), max(64, size)))
 
     def run(self, training: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Each token's loss, float32, and the gradients of their sum by hidden states and head, float32."""

@@ -97,7 +97,8 @@ def idle_devices(plan: Plan, hardware: Hardware | None, layout: Layout) -> str |
     search, trials = plan.experiment.search, plan.trials
     cohort = trials_a_cohort(plan.experiment, trials, len(plan.feasible))
     # The most that a cohort can take: as many of its trials as there are such shapes are groups.
-    groups = min(cohort, len(plan.feasible) - len(plan.alone(layout)))
+    alone = plan.alone(layout) if layout.trial_workers > 1 else plan.feasible
+    groups = min(cohort, len(plan.feasible) - len(alone))
     busy, largest = cohort + groups * (layout.trial_workers - 1), layout.trial_workers if groups else 1
     if busy > hardware.count - largest:
         return None

@@ -93,9 +93,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
             zero_shot = (
                 "the best undistilled cuts and others by lot" if "zero_shot" in plan.stages else "by lot"
             )
-            tried = (
-                f", all chosen before any has a result: {zero_shot} (a smaller halving.cohort lets it learn)"
-            )
+            tried = f", all chosen before {plan.experiment.searched.sampler.kind} knows results enough: {zero_shot}"
         yield "budget", plan.limits.text()
         yield from _serving(plan)
         yield (

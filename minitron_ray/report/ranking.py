@@ -134,7 +134,7 @@ def rank(run: RunInfo) -> Ranking:
     budget = resolved.get("budget")
     teacher = _teacher(found, run.folder)
     findings = read_findings(run.store)
-    distilling = "distill" in run.stages_waiting
+    distilling = "evaluate" in run.stages_waiting  # till then nothing says what a distilled student is worth
     students = [_student(name, found, budget, teacher, distilling) for name in _names(found)]
     students = [replace(one, behind=findings.behind(one.subject, _phase(one))) for one in students]
     students.sort(key=_place)

@@ -102,7 +102,8 @@ class Cache:
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
-                raise cannot_write(entry, error) from error
+                full = Path(error.filename) if error.filename else entry  # not all is written there
+                raise cannot_write(full, error) from error
             if self.find(kind, digest) is None:
                 self._publish(temporary, entry, describe)
         finally:
