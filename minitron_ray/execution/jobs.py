@@ -21,7 +21,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from minitron_ray.core.errors import ConfigError, EnvironmentFailure, NotFound
-from minitron_ray.execution.ray_start import PRIVATE, check_listening, private_token, quieten_ray
+from minitron_ray.execution.ray_start import check_listening, private_token, quieten_ray
 from minitron_ray.execution.settings import ClusterSettings
 
 DEFAULT_SERVER: Final = "http://127.0.0.1:8265"
@@ -64,8 +64,7 @@ class Jobs:
     """Submits, asks and follows. Every method raises EnvironmentFailure where the server refuses."""
 
     def __init__(self, server: str) -> None:
-        """Connects. Raises EnvironmentFailure where nobody answers, the token is not the cluster's, or the Ray
-        there is no cluster but that of a run, which ends with it."""
+        """Connects. Raises EnvironmentFailure where nobody answers, or the token is not the cluster's."""
         self.server = server
         private_token()
         parts = urlsplit(server)
@@ -84,7 +83,6 @@ class Jobs:
         for module in (dashboard_sdk, sdk):
             module.logger.setLevel(logging.CRITICAL)  # they set themselves to INFO
         self._client: Any = self._asked(lambda: JobSubmissionClient(server))
-        self._refuse_private()
 
     def submit(self, command: Sequence[str], folder: Path, *, job: str, metadata: Mapping[str, str]) -> None:
         """Hands over a command, as an argument list, that is run in a copy of `folder` on the head node.
@@ -179,15 +177,6 @@ class Jobs:
             if job is not None and "404" in text:
                 raise NotFound(f"no job {job!r} at {self.server}; {self._known()}") from None
             raise EnvironmentFailure(f"the job server at {self.server} does not do it: {text}") from None
-
-    def _refuse_private(self) -> None:
-        """A run without an address starts a Ray for itself, whose dashboard takes the port of a tunnel if it can."""
-        if any(PRIVATE in (job.metadata or {}) for job in self._asked(lambda: self._client.list_jobs())):
-            raise EnvironmentFailure(
-                f"the Ray at {self.server} is that of a run on this machine, and ends with it; name your cluster's "
-                f"job server by --address http://host:port, `jobs` in the cluster file or RAY_API_SERVER_ADDRESS "
-                f"(a tunnel takes another port meanwhile), or use `minitron-ray run`, which needs no cluster"
-            )
 
     def _known(self) -> str:
         jobs = self._asked(lambda: self._client.list_jobs())

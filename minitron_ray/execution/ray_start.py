@@ -1,4 +1,4 @@
-"""Start Ray on this machine or join a cluster: quietly, authenticated, the dashboard on loopback only."""
+"""Start Ray on this machine or join a cluster: quietly, authenticated, without a dashboard of its own."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.execution.settings import ClusterSettings
 
-PRIVATE: Final = "minitron_ray_private"
-"""In the metadata of the driver that a Ray was started for, by which others tell it from a cluster."""
 _CONNECT_TIMEOUT_S = 5.0
 _LARGEST_LOG = 8 * 2**20
 
@@ -38,15 +36,12 @@ def start_ray(address: str | None) -> dict[str, Any]:
     if address is not None:
         check_reachable(address)
     import ray
-    from ray.job_config import JobConfig
 
     quieten_ray()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL", "configure_logging": True}
     local: dict[str, Any] = {
-        "include_dashboard": True,  # Train's clean-up asks it which placement groups are left
-        "dashboard_host": "127.0.0.1",
+        "include_dashboard": False,  # nobody asks it, and its dozen processes take seconds of a core to start
         "_node_ip_address": "127.0.0.1",
-        "job_config": JobConfig(metadata={PRIVATE: "true"}),
     }
     try:
         with warnings.catch_warnings(), _signals_kept():

@@ -7,11 +7,9 @@ joined are all the same thing: the next attempt, with as many workers as there i
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -21,7 +19,7 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import RayTrainError
 from torch.distributed import DistError
 
@@ -29,6 +27,7 @@ from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronEr
 from minitron_ray.execution.cluster import Cluster, GroupSize, root_cause
 from minitron_ray.execution.demand import Demand
 from minitron_ray.execution.failures import first_line, told
+from minitron_ray.execution.group_cleaner import CleanerCallback
 from minitron_ray.execution.head import HeadLost
 from minitron_ray.execution.termination import TerminableTorch, terminated
 from minitron_ray.execution.threads import with_threads
@@ -42,7 +41,6 @@ _GROW_AFTER_S = 5.0
 _LOOK_S = 1.0
 _RELEASE_S = 10.0
 """For so long what is in use may be that of a group which has just ended."""
-_ADDRESS: Final = "RAY_ADDRESS"
 _LOSSES: Final = (ray.exceptions.RayError, ray.train.TrainingFailedError, RayTrainError, HeadLost)
 """What is said of a lost worker, node, controller or head, or of a group that could not be placed."""
 _RETRIED: Final = (*_LOSSES, RuntimeError, OSError)
@@ -285,36 +283,17 @@ class _Growth:
 
 def _fit(trainer: TorchTrainer) -> Any:
     """What rank 0 returned."""
-    with _cluster_in_environment():
-        return trainer.fit().return_value
-
-
-@contextmanager
-def _cluster_in_environment() -> Iterator[None]:
-    """RAY_ADDRESS names the cluster of this process, here and in the group's controller.
-
-    Ray Train's clean-up asks a cluster whether the controller lives, and finds that cluster as a command line
-    does: where nothing names it, through what `ray start` last left on the machine. Of one long gone there is
-    no answer, and every group ends ten seconds late; another one knows no such controller, and the group's
-    place is taken away while it works.
-    """
-    ENV_VARS_TO_PROPAGATE.add(_ADDRESS)
-    before = os.environ.get(_ADDRESS)
-    os.environ[_ADDRESS] = ray.get_runtime_context().gcs_address
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_ADDRESS]
-        else:
-            os.environ[_ADDRESS] = before
+    return trainer.fit().return_value
 
 
 class _Trainer(TorchTrainer):
-    """Without Ray Data, of which no group reads anything: no process that would deal its rows out."""
+    """Without Ray Data, of which no group reads anything: no process that would deal its rows out. And with a cleaner
+    that needs no dashboard."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        usual = super()._create_default_callbacks()
+        others = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [*(one for one in usual if not isinstance(one, others)), CleanerCallback()]
 
 
 def _name() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -188,29 +187,6 @@ def head() -> Iterator[str]:
             assert time.monotonic() < deadline, "the job server did not start"
             time.sleep(0.2)
         yield f"http://{nodes.dashboard}"
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_the_ray_of_a_run_here_takes_no_jobs(desk: Desk) -> None:
-    """Whoever asks for it, and by default where a tunnel would end."""
-    program = (
-        "import sys, time; import ray; from minitron_ray.execution.ray_start import start_ray; start_ray(None); "
-        "print(ray._private.worker._global_node.address_info['webui_url'], flush=True); sys.stdin.read()"
-    )
-    run = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert run.stdout is not None
-        server = f"http://{run.stdout.readline().strip()}"
-        where = ("--results", str(desk.results), "--detach")
-        _, err = desk.call("submit", "tiny.yaml", *where, expect=3, RAY_API_SERVER_ADDRESS=server)
-        assert f"the Ray at {server} is that of a run on this machine" in err and "--address http" in err
-        _, err = desk.call("watch", "job-x", "--address", server, expect=3)
-        assert "is that of a run on this machine" in err
-    finally:
-        run.communicate("")
 
 
 @pytest.mark.ray

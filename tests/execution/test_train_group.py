@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -123,3 +124,23 @@ def test_a_cluster_that_is_gone_is_not_asked_about_the_group(
     assert "Registered placement group" in said
     assert "Failed to stop PlacementGroupCleaner" not in said
     assert "RAY_ADDRESS" not in os.environ
+
+
+def test_a_lost_controller_keeps_no_place(tmp_path: Path) -> None:
+    """Nothing but the group's controller knows of its places, which are all that there are."""
+    notes: list[str] = []
+    job = Counting(folder=tmp_path, steps=25)
+
+    def kill_controller(processes: list[int]) -> None:
+        raylet = psutil.Process(processes[0]).parent()
+        assert raylet is not None
+        [controller] = [one for one in raylet.children() if "TrainController" in " ".join(one.cmdline())]
+        controller.kill()
+
+    at(job, 7, kill_controller)
+    with cluster(tmp_path, notes, workers=2, wait_for_workers=60) as own:
+        assert own.cpus == 2
+        assert run_group(own, count, job, job.saved) == {"step": 25, "workers": 2}
+    steps = [line["step"] for line in job.log()]
+    assert sorted(set(steps)) == list(range(1, 26)) and len(steps) - 25 <= job.every
+    assert len(notes) == 1 and "workers were lost" in notes[0], notes
