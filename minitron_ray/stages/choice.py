@@ -30,7 +30,7 @@ from minitron_ray.search.lessons import (
     size_lessons,
 )
 from minitron_ray.search.space import SPACE_AXES, Candidate, SpaceLike
-from minitron_ray.stages.objectives import Cost
+from minitron_ray.stages.objectives import Cost, first_costs
 
 ENDED: Final = ("completed", "stopped", "failed")
 
@@ -185,13 +185,8 @@ def _front_rows(trials: list[Row], known: Known, cost: Cost) -> Iterator[Row]:
 
 def _front(losses: Mapping[str, Losses], trials: list[Row], cost: Cost) -> dict[str, float]:
     """Completed candidates that no other beats in loss and cost, by their loss, with their costs; none
-    where the search has one objective. A latency is the first that was measured, as for the search itself: one
-    that was taken up at a rung measured it once more."""
-    costs: dict[str, float] = {}
-    for row in sorted(trials, key=lambda row: int(row["rung"])):
-        name = row["candidate_id"]
-        if name in losses and name not in costs and (value := cost(name, row)) is not None:
-            costs[name] = value
+    where the search has one objective."""
+    costs = {name: value for name, value in first_costs(trials, cost).items() if name in losses}
     means = {name: float(losses[name].mean()) for name in costs}
     ranks = front_ranks(means, costs)
     return {name: costs[name] for name in in_order(means, costs) if ranks[name] == 0}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from minitron_ray.core.errors import ConfigError
@@ -41,3 +41,17 @@ class Cost:
             return None
         found: float | None = result["latency"] if self.name == "latency" else self._of[candidate_id]
         return found
+
+
+def first_costs(
+    rows: Iterable[Mapping[str, Any]], cost: Callable[[str, Mapping[str, Any]], float | None]
+) -> dict[str, float]:
+    """By candidate, of rows of `trials`, the cost at the first rung that was measured: a trial that is taken up at a
+    rung measures its latency once more, which counts for nothing."""
+    found: dict[str, float] = {}
+    for row in sorted(rows, key=lambda row: int(row["rung"])):
+        name = row["candidate_id"]
+        measured = row["val_loss"] is not None and name not in found
+        if measured and (value := cost(name, row)) is not None:
+            found[name] = value
+    return found

@@ -28,7 +28,7 @@ from minitron_ray.stages.choice import choose, search_rows, sequence_losses
 from minitron_ray.stages.context import Context
 from minitron_ray.stages.hardware import known_hardware, layout_of
 from minitron_ray.stages.importance import read_scores
-from minitron_ray.stages.objectives import Cost
+from minitron_ray.stages.objectives import Cost, first_costs
 from minitron_ray.stages.reuse import reopen
 from minitron_ray.stages.setting import Setting
 from minitron_ray.stages.trial import Objective
@@ -155,13 +155,12 @@ def taken_up(
 def known_trials(store: Store, cost: Callable[[str, Mapping[str, Any]], float | None]) -> dict[str, Known]:
     """What earlier attempts of this search left in the table `trials`."""
     rows = search_rows(store)
-    known: dict[str, Known] = {}
+    costs, known = first_costs(rows, cost), dict[str, Known]()
     for row in rows:
         trial = known.setdefault(row["candidate_id"], Known(cohort=row["cohort"]))
         if row["val_loss"] is not None:
             trial.losses[row["tokens"]] = row["val_loss"]
-            if trial.cost is None:  # as in the search: a latency that is measured again counts for nothing
-                trial.cost = cost(row["candidate_id"], row)
+            trial.cost = costs.get(row["candidate_id"])
         trial.failed |= row["status"] == "failed"
     return known
 

@@ -122,9 +122,8 @@ TEMPLATE = closed(
         "metadata": closed({"labels": LABELS}),
         "spec": closed(
             {
-                "automountServiceAccountToken": {
-                    "const": False
-                },  # only an autoscaler asks Kubernetes for anything
+                # Only an autoscaler asks Kubernetes for anything.
+                "automountServiceAccountToken": {"const": False},
                 "restartPolicy": {"enum": ["Never", "OnFailure", "Always"]},
                 "terminationGracePeriodSeconds": {"type": "integer"},
                 "containers": {"type": "array", "items": CONTAINER, "minItems": 1},
