@@ -1,8 +1,8 @@
 """How workers tell the driver what they are doing, and hear that they should stop.
 
-One small actor: workers push events (at most four a second each), the driver drains them in a
-thread. `ray.train.report` waits for its controller and a train callback runs in another process,
-so neither can feed a live view.
+One small actor: workers push events (of progress at most two a second each, whose answers they do not
+wait for), the driver drains them in a thread. `ray.train.report` waits for its controller and a train
+callback runs in another process, so neither can feed a live view.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from ray.actor import ActorHandle
 
 from minitron_ray.core.errors import EnvironmentFailure
 
-_PUSH_INTERVAL_S = 0.25
-_DRAIN_INTERVAL_S = 0.2
+_PUSH_INTERVAL_S = 0.5
+_DRAIN_INTERVAL_S = 0.4
+_STALE_S = 2.0
+"""An answer is waited for where the last is older: of a worker that asks seldom."""
 _ANSWER_S = 10.0
 
 
@@ -55,22 +57,29 @@ class Reporter:
         self._mailbox = mailbox
         self._part = part
         self._last_told = 0.0  # not the last push: asking for a stop would then drop most progress
-        self._last_push = 0.0
+        self._last_push = self._last_answer = 0.0
+        self._asked: Any = None
+        """The answer that nobody waits for."""
         self._stop = False
         self._regroup: str | None = None
 
+    def __reduce__(self) -> tuple[type[Reporter], tuple[Any, ...]]:
+        """Where it goes the clock is another one."""
+        return Reporter, (self._mailbox, self._part)
+
     def __call__(self, kind: str, **fields: Any) -> None:
-        """Tell the driver; progress only if it was told nothing for a quarter of a second."""
-        told_just_now = time.monotonic() - self._last_told < _PUSH_INTERVAL_S
-        if not (kind.endswith("_progress") and told_just_now):
-            self._last_told = time.monotonic()
-            of_part = self._part is not None and kind == "stage_progress"
-            self._push([(kind, fields | ({"part": self._part} if of_part else {}))])
+        """Tell the driver; progress only if it was told nothing for half a second."""
+        progress, now = kind.endswith("_progress"), time.monotonic()
+        if progress and now - self._last_told < _PUSH_INTERVAL_S:
+            return
+        self._last_told = now
+        of_part = self._part is not None and kind == "stage_progress"
+        self._push([(kind, fields | ({"part": self._part} if of_part else {}))], wait=not progress)
 
     def stop_requested(self) -> bool:
-        """Whether the user asked to stop, as of a quarter of a second ago."""
+        """Whether the user asked to stop, as of a second ago."""
         if time.monotonic() - self._last_push >= _PUSH_INTERVAL_S:
-            self._push([])
+            self._push([], wait=False)
         return self._stop
 
     def regroup_requested(self, group: str) -> bool:
@@ -78,9 +87,16 @@ class Reporter:
         self.stop_requested()
         return self._regroup == group
 
-    def _push(self, events: list[tuple[str, dict[str, Any]]]) -> None:
-        self._stop, self._regroup = ray.get(self._mailbox.push.remote(events))
+    def _push(self, events: list[tuple[str, dict[str, Any]]], wait: bool) -> None:
+        """Calls arrive in order, and what is waited for has arrived: only progress can be lost with a worker."""
         self._last_push = time.monotonic()
+        before, self._asked = self._asked, self._mailbox.push.remote(events)
+        if wait or self._last_push - self._last_answer >= _STALE_S:
+            before, self._asked = self._asked, None
+        elif before is None or not ray.wait([before], timeout=0)[0]:
+            return
+        self._stop, self._regroup = ray.get(before)
+        self._last_answer = time.monotonic()
 
 
 class Hub:

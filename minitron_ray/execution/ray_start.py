@@ -47,6 +47,8 @@ def start_ray(address: str | None) -> dict[str, Any]:
         with warnings.catch_warnings(), _signals_kept():
             warnings.simplefilter("ignore")
             context = ray.init(address=address or "local", **quiet, **({} if address else local))
+        if address is None:  # it reads all logs for ever, for a driver that asked for none of them
+            ray._private.worker._global_node.kill_log_monitor(check_alive=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

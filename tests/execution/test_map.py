@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 
 from minitron_ray.core.errors import EnvironmentFailure, Interrupted, MinitronError
 from minitron_ray.core.events import Event, EventBus
@@ -124,6 +125,29 @@ def test_a_trial_in_a_part_is_told_as_it_is(cluster: Cluster) -> None:
         time.sleep(0.05)
     assert sorted(event.fields["candidate_id"] for event in told) == ["trial 1", "trial 2"]
     assert all(event.fields["tokens"] == 64 for event in told)
+
+
+def talk(part: int, report: Any) -> int:
+    """As a loop does; returns what a copy, as another worker gets it, thinks was told before."""
+    for number in range(30):
+        report("trial_progress", candidate_id="", tokens=number)
+        assert not report.stop_requested()
+        report("note", text=f"{part}: {number}")
+        time.sleep(0.04)
+    return int(cloudpickle.loads(cloudpickle.dumps(report))._last_told)
+
+
+def test_all_but_progress_arrives_and_in_order(cluster: Cluster) -> None:
+    """Nothing of when it was told goes along with a reporter: the clock of another machine may be behind."""
+    told: list[Event] = []
+    cluster.events.add(told.append)
+    assert cluster.map(talk, [0, 1]) == [0, 0]
+    texts = [f"{part}: {number}" for part in (0, 1) for number in range(30)]
+    deadline = time.monotonic() + 10
+    while sum(event.kind == "note" for event in told) < len(texts) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sorted((e.fields["text"] for e in told if e.kind == "note"), key=lambda text: text[0]) == texts
+    assert 2 <= sum(event.kind == "trial_progress" for event in told) < 20
 
 
 def die_once(part: Path, report: Any) -> str:
