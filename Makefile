@@ -8,14 +8,17 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check clean
+.PHONY: help install run test lint check clean
 
 help:
+	@echo "make install create .venv and install into it"
 	@echo "make run     run experiments/quickstart.yaml from teacher to ranked students"
 	@echo "make test    run the tests; PYTEST_ARGS='-m \"not ray and not real\"' chooses among them"
 	@echo "make lint    ruff, mypy and the import contracts"
 	@echo "make check   lint, then test"
 	@echo "make clean   remove .venv and every tool's cache; results/ stays"
+
+install: $(INSTALLED)
 
 run: $(INSTALLED)
 	$(BIN)/minitron-ray run experiments/quickstart.yaml

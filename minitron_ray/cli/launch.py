@@ -188,7 +188,8 @@ def drive(
             events.add(run.log_event)
             if (note := _note(run, experiment)) is not None:
                 events.emit("note", text=note)
-            cluster = stack.enter_context(Cluster(settings, run.folder, events, stop))
+            shared = [run.folder, *ready.setting.model_folders]
+            cluster = stack.enter_context(Cluster(settings, run.folder, events, stop, shared))
             context = Context(
                 experiment=experiment,
                 ready=ready,

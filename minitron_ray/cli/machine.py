@@ -18,8 +18,8 @@ from typing import Literal
 from minitron_ray.core.units import format_bytes
 
 _PACKAGES = ("torch", "transformers", "ray", "optuna", "pyarrow", "duckdb", "pydantic")
-_LITTLE_DISK = 5 * 2**30
-_LITTLE_MEMORY = 4 * 2**30
+_LITTLE_DISK = 10 * 2**30
+_LITTLE_MEMORY = 7.5 * 2**30  # of 8 GiB the kernel keeps some
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ def _memory() -> Finding:
         name="memory",
         status="warning" if little else "ok",
         value=format_bytes(page * pages),
-        hint="the quickstart needs about 4 GiB" if little else "",
+        hint="the quickstart needs about 8 GiB" if little else "",
     )
 
 
@@ -139,7 +139,7 @@ def _disk(results: Path) -> Finding:
         name="disk",
         status="warning" if little else "ok",
         value=f"{format_bytes(free)} free for results",
-        hint="the quickstart needs about 5 GiB" if little else "",
+        hint="the quickstart needs about 10 GiB" if little else "",
     )
 
 

@@ -32,7 +32,8 @@ set_option = click.option(
 """`overrides: tuple[str, ...]`, each `a.b=c`."""
 
 address_option = click.option(
-    "--address", help="host:port of a running Ray cluster (default: RAY_ADDRESS, else start Ray here)."
+    "--address",
+    help="host:port of a running Ray cluster (default: the cluster file's, else RAY_ADDRESS, else start Ray here).",
 )
 """`address: str | None`."""
 

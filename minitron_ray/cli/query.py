@@ -21,7 +21,7 @@ def query(sql: str, results: Path, format: str) -> None:
 
     \b
     Tables: runs, stages, costs, importance, candidates, zero_shot, trials, steps, sequence_losses,
-    evaluations, comparisons, rank_correlations, lessons, exports. `DESCRIBE trials` lists columns.
+    evaluations, comparisons, rank_correlations, lessons, exports, sources. `DESCRIBE trials` lists columns.
     """
     from minitron_ray.results import query as sql_over
 

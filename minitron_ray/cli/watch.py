@@ -32,7 +32,8 @@ def watch(
     """Follow RUN until it ends: a run of the results folder (as for `report`), or a submitted job (job-...).
 
     A name that both have is that of the run; with --address, --cluster or --stop it is that of the job.
-    Ctrl-C ends the following, not the run. The exit code is that of the run.
+    Ctrl-C ends the following, not the run. The exit code is 0 where the run succeeded, 1 where it failed (a
+    job's own code), 130 where it was stopped.
     """
     from minitron_ray.cli.attached import follow, follow_run
     from minitron_ray.cli.launch import cluster_settings

@@ -92,7 +92,8 @@ class Step:
     gradient_norm: float
     learning_rate: float
     tokens_per_second: float
-    """Over forward, backward and update: what the caller does between two steps does not count."""
+    """Over forward, backward and update: what the caller does between two steps does not count. On a GPU the update
+    is still queued when a step ends, and is the next one's."""
     stop_requested: bool
     skipped: int = 0
     """0 where the weights were updated; else how many steps in a row, with this one, were not, because

@@ -47,15 +47,15 @@ class Cluster:
         folder: Path,
         events: EventBus,
         stop: StopSignal,
-        shared: Path | None = None,
+        shared: Sequence[Path] = (),
     ) -> None:
         """`folder` is the run's: Ray's own state goes to `ray/` in it, its output to `logs/`. `shared` is what
-        every node must see; it is `folder` unless given."""
+        every node must see: results first, then models; it is `folder` alone unless given."""
         self.settings = settings
         self.events = events
         self.stop = stop
         self.folder = folder
-        self.shared = folder if shared is None else shared
+        self.shared = tuple(shared) or (folder,)
         self._hub: Any = None
         self._head: HeadWatch | None = None
         self._session: Path | None = None
@@ -181,7 +181,7 @@ class Cluster:
         if least > self.room():
             raise EnvironmentFailure(
                 f"{least} workers of {each.cpus} CPUs and {each.gpus} GPUs do not fit a cluster of {self.cpus} "
-                f"CPUs and {self.gpus} GPUs; lower `workers` in the cluster file"
+                f"CPUs and {self.gpus} GPUs; start the nodes that are missing, or lower `workers` in the cluster file"
             )
 
     def worker_range(self) -> tuple[int, int]:

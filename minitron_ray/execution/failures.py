@@ -10,17 +10,21 @@ import re
 from typing import Final
 
 import ray
+import torch
+from torch.distributed import DistError
 
 from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.weights.device import memory_shortage
 
 _GLOO: Final = re.compile(r"^\[\S+:\d+\] |\. This is typically caused by a remote worker crashing\b.*$")
 _AGAIN: Final = "run the same command again"
+_DEVICE: Final = (torch.AcceleratorError, DistError)
+"""What a device that failed says, in whose process all that follows fails, too; and a connection between two."""
 
 
 def of_the_machine(error: BaseException) -> bool:
     """Whether the machine is at fault for what was raised, out of Ray's wrappings."""
-    if isinstance(error, EnvironmentFailure | OSError | ray.exceptions.RayError):
+    if isinstance(error, (EnvironmentFailure, OSError, ray.exceptions.RayError, *_DEVICE)):
         return not isinstance(error, ray.exceptions.RayTaskError)
     return memory_shortage(error) is not None
 
@@ -36,7 +40,7 @@ def told(error: BaseException, *, training: bool = True) -> BaseException:
             f"a worker's device has too little memory: {shortage}; lower micro_batch, {more} in the cluster file, then "
             "run it again"
         )
-    if isinstance(error, OSError):
+    if isinstance(error, (OSError, *_DEVICE)):
         return EnvironmentFailure(
             f"a worker can't go on: {first_line(error)}; mend that, then run it again: it goes on from what is saved"
         )

@@ -49,12 +49,13 @@ def start_ray(address: str | None) -> dict[str, Any]:
             context = ray.init(address=address or "local", **quiet, **({} if address else local))
         if address is None:  # it reads all logs for ever, for a driver that asked for none of them
             ray._private.worker._global_node.kill_log_monitor(check_alive=False)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EnvironmentFailure(
-            f"{where} could not be reached: {reason}; see `minitron-ray doctor`"
-        ) from None
+        remedy = "see `minitron-ray doctor`"
+        if address:
+            remedy = "this machine must be one of its nodes, with the same Ray and the same token (~/.ray/auth_token)"
+        raise EnvironmentFailure(f"{where} could not be reached: {reason}; {remedy}") from None
     return dict(context.address_info)
 
 

@@ -28,4 +28,4 @@ def tokenizing(
         return
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minitron-ray-")))
-        yield stack.enter_context(Cluster(settings, folder, events, stop, shared=results.resolve()))
+        yield stack.enter_context(Cluster(settings, folder, events, stop, shared=[results.resolve()]))

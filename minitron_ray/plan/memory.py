@@ -40,7 +40,7 @@ class Layout:
     micro_batch: int = 4
     """Sequences of one forward pass."""
     workers: int = 1
-    """Processes that share a student in the distillation."""
+    """Processes that share a student in the distillation, at their fewest."""
     trial_workers: int = 1
     """Processes that share a trial's student."""
     trials_at_once: int | None = None

@@ -186,7 +186,7 @@ def train_entrant(entrant: Entrant, bench: Bench, total: int, report: Any) -> in
     report("trial_started", candidate_id=name, shape=entrant.text, parameters=entrant.shape.parameters)
     reason = None
     try:
-        with told_of_memory(bench.setting, entrant.text):
+        with told_of_memory(bench.setting, entrant.text, bench.group):
             if not _to_its_end(entrant, bench, total, report):
                 return folder_size(bench.folder(entrant))
     except Exception as error:  # the other students, and the run, go on without it

@@ -95,6 +95,18 @@ class Setting:
     def tokens(self) -> TokenStore:
         return TokenStore(self.tokens_folder)
 
+    @property
+    def model_folders(self) -> tuple[Path, ...]:
+        """The teacher's and, where it is another, that of the model that is cut: read by every worker."""
+        return tuple(folder for folder in (self.teacher_folder, self.start_folder) if folder is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products. Where `precision` says it, as in a run it does, no device is asked: the first question
+        takes some of a GPU's memory, and the command itself computes nothing."""
+        precision = self.experiment.precision
+        return compute_dtype(precision, local_device() if precision == "auto" else torch.device("cpu"))
+
     def share(self, rank: int = 0, world: int = 1, device: torch.device | None = None) -> Share:
         """This process's part of the work, on its own device."""
         device = device or local_device()

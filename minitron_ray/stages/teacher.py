@@ -73,7 +73,7 @@ class Library:
                 "version": SIGNAL_VERSION,
                 "teacher": self.inputs.teacher,
                 "data": self.inputs.data,
-                "precision": str(self.setting.share().dtype).removeprefix("torch."),
+                "precision": str(self.setting.dtype).removeprefix("torch."),
                 "signal": signal.identity,
                 "seed": self.setting.experiment.seed if signal.seeded else None,
                 "sequences": list(sequences),
@@ -123,7 +123,7 @@ def check_room(library: Library) -> None:
     signal = choose_signal(setting.experiment, setting.teacher_architecture)
     if not isinstance(signal, StoredSignal):
         return
-    sizes = (setting.teacher_architecture.hidden, setting.vocabulary, setting.share().dtype.itemsize)
+    sizes = (setting.teacher_architecture.hidden, setting.vocabulary, setting.dtype.itemsize)
     length = setting.experiment.data.sequence_length
     needed = sum(
         round(len(block.sequences) * length * block.signal.bytes_a_token(*sizes))
@@ -277,7 +277,7 @@ def _write(
         folder,
         teacher,
         setting.tokens().sequences,
-        dtype=setting.share().dtype,
+        dtype=setting.dtype,
         batch=setting.micro_batch,
         seed=setting.experiment.seed,
         vocabulary=setting.vocabulary,

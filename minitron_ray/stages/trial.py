@@ -261,9 +261,10 @@ class Objective:
         )
         # Alone because it was thought to fit: in a group it does.
         share = "set devices with less memory" if candidate_id in self.alone else "raise trial_workers"
-        with told_of_memory(setting, candidate.shape_text(), share):
-            if self.group is not None and candidate_id not in self.alone:
-                self._in_group(candidate, report_rung, reporter)
+        group = None if candidate_id in self.alone else self.group
+        with told_of_memory(setting, candidate.shape_text(), group, share):
+            if group is not None:
+                self._in_group(group, candidate, report_rung, reporter)
             else:
                 self._alone(candidate, report_rung, reporter)
 
@@ -295,13 +296,17 @@ class Objective:
         )
 
     def _in_group(
-        self, candidate: Candidate, report_rung: Callable[[dict[str, Any]], None], reporter: Any
+        self,
+        group: GroupSize,
+        candidate: Candidate,
+        report_rung: Callable[[dict[str, Any]], None],
+        reporter: Any,
     ) -> None:
         """A group for each rung, each going on from what the one before left."""
         from minitron_ray.execution.train_group import run_group_in_trial
         from minitron_ray.stages.trial_group import GroupTrial, to_next_rung
 
-        assert self.group is not None and self.checkpoints is not None
+        assert self.checkpoints is not None
         trial = GroupTrial(
             setting=self.setting,
             scores=self.scores,
@@ -311,7 +316,7 @@ class Objective:
         )
         reported = 0
         while True:
-            rungs = run_group_in_trial(self.group, to_next_rung, trial, reporter)
+            rungs = run_group_in_trial(group, to_next_rung, trial, reporter)
             for rung in rungs[reported:]:
                 report_rung({**asdict(rung), "losses": list(rung.losses)})
             reported = len(rungs)
@@ -320,9 +325,11 @@ class Objective:
 
 
 @contextmanager
-def told_of_memory(setting: Setting, student: str, share: str = "raise trial_workers") -> Iterator[None]:
-    """Within it, memory that cannot be had is told as a shortage for training `student`, and what would do: among
-    others to `share` it.
+def told_of_memory(
+    setting: Setting, student: str, group: GroupSize | None, share: str = "raise trial_workers"
+) -> Iterator[None]:
+    """Within it, memory that cannot be had is told as a shortage for training `student`, by `group` or by this
+    process, and what would do: among others to `share` it.
 
     Raises EnvironmentFailure for it, and any other error as it is.
     """
@@ -333,7 +340,8 @@ def told_of_memory(setting: Setting, student: str, share: str = "raise trial_wor
         if shortage is None:
             raise
         lower = ["micro_batch"] if setting.micro_batch > 1 else []
-        lower += [] if local_device().type == "cuda" else ["concurrent_trials"]  # they share the memory
+        on_gpu = local_device().type == "cuda" if group is None else group.each.gpus > 0
+        lower += [] if on_gpu else ["concurrent_trials"]  # they share the memory
         remedies = [f"lower {' or '.join(lower)}"] if lower else []
         remedies += [] if setting.engine.recompute else ["set activation_checkpointing: true"]
         raise EnvironmentFailure(

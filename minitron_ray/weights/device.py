@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +22,12 @@ _CONTROL_GROUPS: Final = (
 )
 """Limit and use of the container this process is in, where it is in one."""
 
-_CPU_ALLOCATOR: Final = "DefaultCPUAllocator: can't allocate memory"
+_SHORTAGE: Final = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory.*"
+    r"|CUDA error: out of memory.*|\bCUBLAS_STATUS_ALLOC_FAILED\b.*"
+    r"|Registering memory failed with cudaError: 2\b.*|\bCuda failure (?:2 )?'out of memory'.*"
+)
+"""What is said without a class of its own: by the CPU's allocator, the driver, cuBLAS, page-locking and NCCL."""
 
 
 def local_device() -> torch.device:
@@ -73,7 +79,8 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process could still take on `device`, of the machine's memory or the accelerator's."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+        # What torch holds of it without a tensor in it is free, too.
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = _available()
     for limit, used in _CONTROL_GROUPS:
         try:
@@ -100,8 +107,8 @@ def memory_shortage(error: BaseException) -> str | None:
         return text or "no memory is left"
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return text
-    if isinstance(error, RuntimeError) and _CPU_ALLOCATOR in text:  # torch has no class for it
-        return text[text.index(_CPU_ALLOCATOR) :]
+    if isinstance(error, RuntimeError) and (said := _SHORTAGE.search(text)):
+        return said[0]
     return None
 
 

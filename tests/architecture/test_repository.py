@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from minitron_ray.core.errors import MinitronError
 from minitron_ray.core.loading import load
 from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.experiment import Experiment
+from minitron_ray.plan import make_plan
 from minitron_ray.results.schemas import TABLES
 
 ROOT = Path(__file__).parents[2]
@@ -74,12 +76,17 @@ def test_readme_maps_every_part_of_the_package() -> None:
     assert listed == parts
 
 
-def test_readme_shows_an_experiment_that_validates(tmp_path: Path) -> None:
-    example = re.search(r"^```yaml\n(.*?)^```", read("README.md"), flags=re.MULTILINE | re.DOTALL)
-    assert example
-    file = tmp_path / "my_100m.yaml"
-    file.write_text(example[1], encoding="utf-8")
-    experiment, _ = load(file, Experiment)
+def test_readme_shows_experiments_that_plan(tmp_path: Path) -> None:
+    """The first, and its teacher with the search that is shown for itself: shapes enough for its trials."""
+    first, *others = re.findall(r"^```yaml\n(.*?)^```", read("README.md"), flags=re.MULTILINE | re.DOTALL)
+    [search] = [block for block in others if re.search("^search:", block, flags=re.MULTILINE)]
+    config = json.loads(read("experiments/models/smollm2-135m.json"))
+    of_the_model, _, _ = first.partition("budget:")
+    for text in (first, of_the_model + search):
+        file = tmp_path / "my_100m.yaml"
+        file.write_text(text, encoding="utf-8")
+        experiment, _ = load(file, Experiment)
+        assert len(make_plan(experiment, config).feasible) >= experiment.searched.trials
     assert experiment.name in read("README.md").partition("minitron-ray init ")[2]
 
 
@@ -98,7 +105,10 @@ def test_readme_lists_every_table() -> None:
 
 
 def test_readme_lists_every_exit_code() -> None:
-    codes = {cls.exit_code for cls in (MinitronError, *MinitronError.__subclasses__())}
+    classes = [MinitronError]
+    for one in classes:  # which grows
+        classes += one.__subclasses__()
+    codes = {one.exit_code for one in classes}
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", read("README.md"), flags=re.MULTILINE)}
     assert listed == codes | {0}
 

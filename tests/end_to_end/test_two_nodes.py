@@ -29,6 +29,11 @@ def test_workers_on_both_nodes_distill_together(desk: Desk, address: str) -> Non
     assert [row["status"] for row in desk.rows("runs")][-1] == "succeeded"
 
 
+def test_another_token_is_refused_in_a_line(desk: Desk, address: str) -> None:
+    _, err = desk.call("run", "tiny.yaml", "--address", address, expect=3, RAY_AUTH_TOKEN="0" * 64)
+    assert "could not be reached" in err and "the same token" in err and "Traceback" not in err
+
+
 def test_a_cluster_without_room_for_the_workers_says_so(desk: Desk, address: str) -> None:
     (desk.folder / "cluster.yaml").write_text("workers: 5\n")
     _, err = desk.call("run", "tiny.yaml", "--cluster", "cluster.yaml", "--address", address, expect=3)

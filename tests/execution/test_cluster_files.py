@@ -18,7 +18,7 @@ CLUSTER = Path(__file__).parents[2] / "cluster"
 LAUNCHER = ("aws.yaml", "gcp.yaml")
 MANIFESTS = ("kuberay-raycluster.yaml", "kuberay-rayjob.yaml")
 SCRIPTS = ("slurm.sh", "static.sh")
-SETTINGS = ("local.yaml", "two_nodes.yaml", "remote.yaml", "gpu.yaml")
+SETTINGS = ("local.yaml", "two_nodes.yaml", "static.yaml", "remote.yaml", "gpu.yaml")
 
 
 def documents(name: str) -> list[dict[str, Any]]:

@@ -20,11 +20,24 @@ from minitron_ray.execution.train_group import _lost
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore."), "lower micro_batch"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/final.partial"), "No space left on device"),
+        (
+            torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nMore."),
+            "illegal memory",
+        ),
+        (torch.AcceleratorError("CUDA error: out of memory\nMore."), "lower micro_batch"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `f`"), "lower micro_batch"),
+        (torch.distributed.DistBackendError("NCCL error: unhandled system error"), "unhandled system error"),
+        (
+            torch.distributed.DistBackendError("NCCL error:\nCuda failure 2 'out of memory'"),
+            "lower micro_batch",
+        ),
     ],
 )
 def test_the_machines_faults_are_one_line(raised: Exception, said: str) -> None:
+    """And say nothing of a student: in a process whose GPU failed, every one that comes after it would fail, too."""
     found = told(raised)
     assert isinstance(found, EnvironmentFailure) and said in found.message and "\n" not in found.message
+    assert of_the_machine(raised)
 
 
 def test_a_lost_connection_is_told_without_what_gloo_wraps_around_it() -> None:

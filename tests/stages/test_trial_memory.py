@@ -101,13 +101,13 @@ def test_a_trial_without_memory_names_its_shape_and_what_to_lower(setting: Setti
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU's trials may lower")
 def test_what_is_at_its_least_already_is_not_to_be_lowered(setting: Setting) -> None:
     least = replace(setting, micro_batch=1, engine=Engine(recompute=True))
-    with pytest.raises(EnvironmentFailure) as caught, told_of_memory(least, "1L"):
+    with pytest.raises(EnvironmentFailure) as caught, told_of_memory(least, "1L", None):
         torch.empty(2**50)
     assert "; lower concurrent_trials or raise trial_workers in the cluster file" in caught.value.message
     assert "at micro_batch 1 needs" in caught.value.message
     with (
         pytest.raises(EnvironmentFailure) as caught,
-        told_of_memory(least, "1L", "set devices with less memory"),
+        told_of_memory(least, "1L", None, "set devices with less memory"),
     ):
         torch.empty(2**50)
     assert "; lower concurrent_trials or set devices with less memory in the cluster" in caught.value.message
@@ -116,6 +116,6 @@ def test_what_is_at_its_least_already_is_not_to_be_lowered(setting: Setting) -> 
 def test_another_fault_of_a_trial_stays_what_it_is(setting: Setting) -> None:
     with (
         pytest.raises(RuntimeError, match=r"size mismatch|same size|inconsistent"),
-        told_of_memory(setting, "1L"),
+        told_of_memory(setting, "1L", None),
     ):
         torch.ones(2) @ torch.ones(3)

@@ -88,8 +88,10 @@ class ActivationEvidence:
         count = tokens[present].float()[:, None]
 
         def total(of: Tensor) -> Tensor:
-            summed = of.new_zeros(samples, of.shape[1]).index_add_(0, sample, of)
-            return summed[present]
+            summed = of.new_zeros(samples, of.shape[1])
+            if of.is_cuda:  # `index_add_` adds there in any order; this one sorts first
+                return summed.index_put_((sample,), of, accumulate=True)[present]
+            return summed.index_add_(0, sample, of)[present]
 
         found: dict[Aggregation, Tensor] = {}
         for name in self._sequence:
