@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from minitron_ray.cli.options import json_option, results_option
+from minitron_ray.cli.options import address_option, cluster_option, json_option, results_option
 from minitron_ray.core.errors import EnvironmentFailure
 
 if TYPE_CHECKING:
@@ -18,15 +18,21 @@ _MARKS = {"ok": "ok  ", "warning": "warn", "failure": "FAIL"}
 
 @click.command()
 @results_option
+@cluster_option
+@address_option
 @json_option
-def doctor(results: Path, as_json: bool) -> None:
+def doctor(results: Path, cluster_file: Path | None, address: str | None, as_json: bool) -> None:
     """Check versions, devices, disk, the results folder and Ray's authentication.
 
-    Ends with 3 if a run could not work here.
+    With --cluster or --address it also joins that cluster as a run would: token, room for the workers, and on every
+    node the same versions and the results folder. Ends with 3 if a run could not work here.
     """
-    from minitron_ray.cli.machine import examine
+    from minitron_ray.cli.launch import cluster_settings
+    from minitron_ray.cli.machine import examine, examine_cluster
 
     findings = examine(results)
+    if cluster_file is not None or address is not None:
+        findings.append(examine_cluster(cluster_settings(cluster_file, address), results))
     if as_json:
         import dataclasses
         import json

@@ -13,9 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from minitron_ray.core.errors import EnvironmentFailure
 from minitron_ray.core.units import format_bytes
+
+if TYPE_CHECKING:
+    from minitron_ray.execution.settings import ClusterSettings
 
 _PACKAGES = ("torch", "transformers", "ray", "optuna", "pyarrow", "duckdb", "pydantic")
 _LITTLE_DISK = 10 * 2**30
@@ -46,6 +50,35 @@ def examine(results: Path) -> list[Finding]:
         _ray_address(),
         _ray_token(),
     ]
+
+
+def examine_cluster(settings: ClusterSettings, results: Path) -> Finding:
+    """Joins the cluster that a run with these settings would, asks its nodes, and leaves it. Starts no Ray, and has
+    no nodes made."""
+    from minitron_ray.core.events import EventBus
+    from minitron_ray.execution.cluster import Cluster
+    from minitron_ray.execution.ray_start import cluster_address
+    from minitron_ray.execution.room import nodes
+    from minitron_ray.execution.stop import StopSignal
+
+    name, address = "cluster", cluster_address(settings)
+    if address is None:
+        return Finding(name=name, status="ok", value="no address: a run starts Ray on this machine")
+    asked, folder = settings.model_copy(update={"autoscale": False}), results.expanduser().resolve()
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            with Cluster(asked, Path(place), EventBus(), StopSignal(), [folder]) as cluster:
+                workers, there = cluster.workers(), len(nodes())
+                room = f"{there} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs; room for {workers} workers"
+        except EnvironmentFailure as error:
+            later = "a run asks for more nodes (autoscale)" if settings.autoscale else ""
+            return Finding(
+                name=name, status="warning" if later else "failure", value=error.message, hint=later
+            )
+    seen = (
+        "which see the results folder" if folder.is_dir() else f"not asked for {folder}, which is to be made"
+    )
+    return Finding(name=name, status="ok", value=f"{address}: {room}; the same versions on all nodes, {seen}")
 
 
 def _versions() -> Iterator[Finding]:

@@ -29,6 +29,23 @@ def test_workers_on_both_nodes_distill_together(desk: Desk, address: str) -> Non
     assert [row["status"] for row in desk.rows("runs")][-1] == "succeeded"
 
 
+def test_doctor_looks_at_a_cluster_before_a_run_does(desk: Desk, address: str) -> None:
+    desk.results.mkdir(exist_ok=True)
+    out, _ = desk.call("doctor", "--address", address)
+    assert (
+        f"{address}: 2 nodes, 2 CPUs, 0 GPUs; room for 2 workers; the same versions on all nodes, which see"
+        in out
+    )
+    (desk.folder / "cluster.yaml").write_text(f"address: {address}\nworkers: 5\n")
+    out, err = desk.call("doctor", "--cluster", "cluster.yaml", expect=3)
+    assert "FAIL  cluster         5 workers of 1 CPUs and 0 GPUs do not fit" in out and "Traceback" not in err
+    (desk.folder / "cluster.yaml").write_text(
+        f"address: {address}\nworkers: 5\nworker: {{cpus: 1}}\nautoscale: true\n"
+    )
+    out, _ = desk.call("doctor", "--cluster", "cluster.yaml")
+    assert "warn  cluster" in out and "a run asks for more nodes (autoscale)" in out
+
+
 def test_another_token_is_refused_in_a_line(desk: Desk, address: str) -> None:
     _, err = desk.call("run", "tiny.yaml", "--address", address, expect=3, RAY_AUTH_TOKEN="0" * 64)
     assert "could not be reached" in err and "the same token" in err and "Traceback" not in err

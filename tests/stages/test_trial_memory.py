@@ -16,6 +16,8 @@ import torch
 from minitron_ray.core.errors import EnvironmentFailure, MinitronError
 from minitron_ray.data.splits import Splits
 from minitron_ray.distillation.engine import Engine
+from minitron_ray.execution.cluster import GroupSize
+from minitron_ray.execution.settings import Resources
 from minitron_ray.experiment import Experiment
 from minitron_ray.importance.scores import Scores
 from minitron_ray.search.space import Candidate
@@ -111,6 +113,15 @@ def test_what_is_at_its_least_already_is_not_to_be_lowered(setting: Setting) -> 
     ):
         torch.empty(2**50)
     assert "; lower concurrent_trials or set devices with less memory in the cluster" in caught.value.message
+
+
+def test_a_group_of_gpus_is_not_told_to_share_the_machines_memory(setting: Setting, tmp_path: Path) -> None:
+    """Whatever this process has: it only waits for the group's."""
+    for gpus, said in ((1, "; lower micro_batch, set"), (0, "; lower micro_batch or concurrent_trials, set")):
+        group = GroupSize(workers=2, each=Resources(cpus=1, gpus=gpus), storage=tmp_path)
+        with pytest.raises(EnvironmentFailure) as caught, told_of_memory(setting, "1L", group):
+            torch.empty(2**50)
+        assert said in caught.value.message
 
 
 def test_another_fault_of_a_trial_stays_what_it_is(setting: Setting) -> None:
