@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minitron_ray.core.errors import EnvironmentFailure
+from minitron_ray.core.errors import EnvironmentFailure, NoRoom
 from minitron_ray.core.units import format_bytes
 
 if TYPE_CHECKING:
@@ -71,14 +71,14 @@ def examine_cluster(settings: ClusterSettings, results: Path) -> Finding:
                 workers, there = cluster.workers(), len(nodes())
                 room = f"{there} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs; room for {workers} workers"
         except EnvironmentFailure as error:
-            later = "a run asks for more nodes (autoscale)" if settings.autoscale else ""
-            return Finding(
-                name=name, status="warning" if later else "failure", value=error.message, hint=later
-            )
+            if settings.autoscale and isinstance(error, NoRoom):
+                hint = "a run asks for more nodes (autoscale)"
+                return Finding(name=name, status="warning", value=error.message, hint=hint)
+            return Finding(name=name, status="failure", value=error.message)
     seen = (
         "which see the results folder" if folder.is_dir() else f"not asked for {folder}, which is to be made"
     )
-    return Finding(name=name, status="ok", value=f"{address}: {room}; the same versions on all nodes, {seen}")
+    return Finding(name=name, status="ok", value=f"{address}: {room}; the same versions on the nodes, {seen}")
 
 
 def _versions() -> Iterator[Finding]:

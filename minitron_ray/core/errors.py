@@ -38,6 +38,10 @@ class EnvironmentFailure(MinitronError):
     exit_code = 3
 
 
+class NoRoom(EnvironmentFailure):
+    """A cluster lacks the processors that were asked for, as of now."""
+
+
 class NotFound(MinitronError):
     """A run, table or candidate was named that does not exist."""
 

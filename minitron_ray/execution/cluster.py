@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from minitron_ray.core.errors import EnvironmentFailure, Interrupted
+from minitron_ray.core.errors import EnvironmentFailure, Interrupted, NoRoom
 from minitron_ray.core.events import EventBus
 from minitron_ray.execution.head import HeadLost, HeadWatch
 from minitron_ray.execution.nodes import check_nodes
@@ -176,10 +176,10 @@ class Cluster:
         return min(self.worker_range()[1], self.room())
 
     def check_room(self) -> None:
-        """Raises EnvironmentFailure where there is none for the least number of workers."""
+        """Raises NoRoom where there is none for the least number of workers."""
         (least, _), each = self.worker_range(), self.worker()
         if least > self.room():
-            raise EnvironmentFailure(
+            raise NoRoom(
                 f"{least} workers of {each.cpus} CPUs and {each.gpus} GPUs do not fit a cluster of {self.cpus} "
                 f"CPUs and {self.gpus} GPUs; start the nodes that are missing, or lower `workers` in the cluster file"
             )
@@ -249,7 +249,7 @@ class Cluster:
         if workers == 1:
             return None
         if workers > room_for(each):
-            raise EnvironmentFailure(
+            raise NoRoom(
                 f"a search trial of {workers} workers with {each.cpus} CPUs and {each.gpus} GPUs each does not fit "
                 f"a cluster of {self.cpus} CPUs and {self.gpus} GPUs; lower `trial_workers` in the cluster file"
             )
@@ -409,7 +409,7 @@ class Cluster:
     def _checked(self, what: str, resources: Resources) -> Resources:
         self.connect()
         if not room_for(resources):
-            raise EnvironmentFailure(
+            raise NoRoom(
                 f"no node has the {resources.cpus} CPUs and {resources.gpus} GPUs that `{what}` asks for "
                 f"(cluster: {self.cpus} CPUs, {self.gpus} GPUs); lower them in the cluster file"
             )

@@ -14,19 +14,29 @@ import torch
 from torch.distributed import DistError
 
 from minitron_ray.core.errors import EnvironmentFailure
-from minitron_ray.weights.device import memory_shortage
+from minitron_ray.weights.device import device_is_lost, memory_shortage
 
 _GLOO: Final = re.compile(r"^\[\S+:\d+\] |\. This is typically caused by a remote worker crashing\b.*$")
 _AGAIN: Final = "run the same command again"
-_DEVICE: Final = (torch.AcceleratorError, DistError)
-"""What a device that failed says, in whose process all that follows fails, too; and a connection between two."""
+_HARDWARE: Final = re.compile(
+    r"\b(?:ECC|NVLink|hardware)\b|unspecified launch failure|launch timed out|busy or unavailable"
+)
+"""What a device says of itself, and not of what it was asked."""
 
 
 def of_the_machine(error: BaseException) -> bool:
-    """Whether the machine is at fault for what was raised, out of Ray's wrappings."""
-    if isinstance(error, (EnvironmentFailure, OSError, ray.exceptions.RayError, *_DEVICE)):
+    """Whether the machine is at fault for what was raised, out of Ray's wrappings; or it was at first something else
+    that took this process's device with it, so that all that follows would fail here, too."""
+    if isinstance(error, EnvironmentFailure | OSError | ray.exceptions.RayError):
         return not isinstance(error, ray.exceptions.RayTaskError)
-    return memory_shortage(error) is not None
+    return memory_shortage(error) is not None or _of_a_device(error) or device_is_lost()
+
+
+def _of_a_device(error: BaseException) -> bool:
+    """A device that failed, or a connection between two."""
+    if isinstance(error, torch.AcceleratorError):
+        return _HARDWARE.search(str(error)) is not None
+    return isinstance(error, DistError)
 
 
 def told(error: BaseException, *, training: bool = True) -> BaseException:
@@ -40,7 +50,7 @@ def told(error: BaseException, *, training: bool = True) -> BaseException:
             f"a worker's device has too little memory: {shortage}; lower micro_batch, {more} in the cluster file, then "
             "run it again"
         )
-    if isinstance(error, (OSError, *_DEVICE)):
+    if isinstance(error, OSError) or _of_a_device(error):
         return EnvironmentFailure(
             f"a worker can't go on: {first_line(error)}; mend that, then run it again: it goes on from what is saved"
         )

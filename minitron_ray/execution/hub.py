@@ -77,7 +77,7 @@ class Reporter:
         self._push([(kind, fields | ({"part": self._part} if of_part else {}))], wait=not progress)
 
     def stop_requested(self) -> bool:
-        """Whether the user asked to stop, as of a second ago."""
+        """Whether the user asked to stop, as of two seconds ago at most."""
         if time.monotonic() - self._last_push >= _PUSH_INTERVAL_S:
             self._push([], wait=False)
         return self._stop

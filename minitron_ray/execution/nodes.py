@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -79,7 +80,8 @@ def _look(folders: Sequence[str]) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    return {"folders": [Path(folder).is_dir() for folder in folders], "versions": versions}
+    seen = [os.path.isdir(folder) for folder in folders]  # noqa: PTH112 - Path's raises where it may not look
+    return {"folders": seen, "versions": versions}
 
 
 def _listed(addresses: list[str]) -> str:

@@ -330,10 +330,10 @@ def _trainer(
 
 def _lost(error: BaseException, workers: int) -> bool:
     """Whether another attempt may do better: a worker was lost, and none says more than that. Where all of
-    them raised the same and none is gone, the program is at fault."""
+    them raised the same and none is gone, the program is at fault; but NCCL words all losses alike."""
     causes = _causes(error)
     alike = len(causes) == workers and len({first_line(cause) for cause in causes}) == 1
-    if alike and not isinstance(causes[0], _LOSSES):
+    if alike and not isinstance(causes[0], (*_LOSSES, DistError)):
         return False
     cause = _cause(error)
     return isinstance(cause, _RETRIED) and memory_shortage(cause) is None

@@ -310,7 +310,7 @@ class _Costs:
         return StageCost(
             stage="distill",
             what=f"{_students(kept)}{', teacher online' if online else ''}"
-            + (f", spread over {workers} workers" if workers > 1 else "")
+            + (f", spread over {self.layout.workers_text} workers" if self.layout.workers_text != "1" else "")
             + _more(self.tied * tokens),
             tokens=kept * tokens,
             tie_tokens=self.tied * tokens,

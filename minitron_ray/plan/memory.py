@@ -40,7 +40,9 @@ class Layout:
     micro_batch: int = 4
     """Sequences of one forward pass."""
     workers: int = 1
-    """Processes that share a student in the distillation, at their fewest."""
+    """Processes that share a student in the distillation: the fewest, with whom each holds most."""
+    most_workers: int | None = None
+    """The most of a range."""
     trial_workers: int = 1
     """Processes that share a trial's student."""
     trials_at_once: int | None = None
@@ -55,6 +57,11 @@ class Layout:
     """Bytes of one device."""
     asynchronous: bool = True
     """Whether a distillation's checkpoints are copied, to be written while it goes on."""
+
+    @property
+    def workers_text(self) -> str:
+        """`8`, or `2..8`."""
+        return f"{self.workers}" if self.most_workers is None else f"{self.workers}..{self.most_workers}"
 
     @property
     def teacher_workers(self) -> int:
@@ -74,7 +81,7 @@ class Layout:
         hardware: Hardware | None,
         *,
         micro_batch: int = 4,
-        workers: int | None = None,
+        workers: int | tuple[int, int] | None = None,
         trial_workers: int = 1,
         concurrent_trials: int | None = None,
         importance: Literal["auto", "resident", "streamed"] = "auto",
@@ -82,13 +89,16 @@ class Layout:
         teacher: Literal["auto", "whole", "sharded"] = "auto",
         asynchronous: bool = True,
     ) -> Layout:
-        """One worker a device where nothing else is said, and as many trials as all accelerators have room for."""
+        """One worker a device where nothing else is said, and as many trials as all accelerators have room for.
+        `workers` is their number, or the fewest and the most."""
+        least, most = workers if isinstance(workers, tuple) else (workers, workers)
         if hardware is not None and hardware.accelerator:
             room = max(1, hardware.count // trial_workers)
             concurrent_trials = min(concurrent_trials or room, room)
         return cls(
             micro_batch=micro_batch,
-            workers=workers or (1 if hardware is None else hardware.count),
+            workers=least or (1 if hardware is None else hardware.count),
+            most_workers=None if most == least else most,
             trial_workers=trial_workers,
             trials_at_once=concurrent_trials,
             accelerator=hardware is not None and hardware.accelerator,

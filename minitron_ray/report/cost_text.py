@@ -123,7 +123,7 @@ def _short_of_memory(found: Sequence[StageCost], hardware: Hardware, layout: Lay
     told = (
         f"{named}; {hardware.name} has {format_bytes(hardware.memory)}: in the cluster file lower micro_batch "
         f"(now {layout.micro_batch}), {recompute}or spread a student over more workers (distill: workers, now "
-        f"{layout.workers}; search: trial_workers, now {layout.trial_workers})"
+        f"{layout.workers_text}; search: trial_workers, now {layout.trial_workers})"
     )
     alone = [cost.stage for cost in large if cost.stage in _WITHOUT_TRAINING]
     if alone and layout.teacher != "sharded" and layout.teacher_workers < max(2, layout.workers):

@@ -67,7 +67,8 @@ def training_section(
 
 
 def _figures(steps: list[Row], planned: int | None) -> tuple[str, ...]:
-    """Without the skipped steps, which are a note where there are any. `planned` is of the largest student."""
+    """Without the skipped steps, which are a note where there are any. `planned` is of the largest student, spread over
+    the fewest workers."""
     speed, share = _mean(steps, "tokens_per_second"), _mean(steps, "mfu")
     memory = max((row["peak_memory"] or 0 for row in steps), default=0)
     divergences = _divergences(steps)

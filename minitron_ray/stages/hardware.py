@@ -68,7 +68,7 @@ def layout_of(settings: ClusterSettings, hardware: Hardware | None) -> Layout:
     return Layout.on(
         hardware,
         micro_batch=settings.micro_batch,
-        workers=settings.worker_range[0] if settings.worker_range else None,  # where each holds most
+        workers=settings.worker_range,
         trial_workers=settings.trial_workers,
         concurrent_trials=settings.concurrent_trials,
         importance=settings.importance,

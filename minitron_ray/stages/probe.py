@@ -140,7 +140,7 @@ def _check_memory(plan: Plan, arch: Architecture, sequences: int, length: int, d
 def _rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of one square product, to begin with: large enough that on a GPU it takes longer than
     to ask for it."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 4096 if device.type == "cuda" else 1024
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     torch.mm(matrix, matrix).sum().item()
     started = time.perf_counter()

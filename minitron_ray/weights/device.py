@@ -112,6 +112,18 @@ def memory_shortage(error: BaseException) -> str | None:
     return None
 
 
+def device_is_lost() -> bool:
+    """Whether this process's accelerator fails at all that is asked of it, as it does from an illegal access or a
+    failed assertion on until the process ends."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def _available() -> int:
     """What the machine has for new processes, page cache that can be dropped included."""
     try:

@@ -33,7 +33,7 @@ def test_doctor_looks_at_a_cluster_before_a_run_does(desk: Desk, address: str) -
     desk.results.mkdir(exist_ok=True)
     out, _ = desk.call("doctor", "--address", address)
     assert (
-        f"{address}: 2 nodes, 2 CPUs, 0 GPUs; room for 2 workers; the same versions on all nodes, which see"
+        f"{address}: 2 nodes, 2 CPUs, 0 GPUs; room for 2 workers; the same versions on the nodes, which see"
         in out
     )
     (desk.folder / "cluster.yaml").write_text(f"address: {address}\nworkers: 5\n")
@@ -44,6 +44,8 @@ def test_doctor_looks_at_a_cluster_before_a_run_does(desk: Desk, address: str) -
     )
     out, _ = desk.call("doctor", "--cluster", "cluster.yaml")
     assert "warn  cluster" in out and "a run asks for more nodes (autoscale)" in out
+    out, _ = desk.call("doctor", "--cluster", "cluster.yaml", expect=3, RAY_AUTH_TOKEN="0" * 64)
+    assert "FAIL  cluster" in out and "the same token" in out
 
 
 def test_another_token_is_refused_in_a_line(desk: Desk, address: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import ray
 import torch
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from minitron_ray.core.errors import EnvironmentFailure, MinitronError
 from minitron_ray.execution.failures import first_line, left_off, of_the_machine, told
@@ -21,8 +24,8 @@ from minitron_ray.execution.train_group import _lost
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore."), "lower micro_batch"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/final.partial"), "No space left on device"),
         (
-            torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nMore."),
-            "illegal memory",
+            torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nMore."),
+            "uncorrectable ECC",
         ),
         (torch.AcceleratorError("CUDA error: out of memory\nMore."), "lower micro_batch"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `f`"), "lower micro_batch"),
@@ -34,7 +37,7 @@ from minitron_ray.execution.train_group import _lost
     ],
 )
 def test_the_machines_faults_are_one_line(raised: Exception, said: str) -> None:
-    """And say nothing of a student: in a process whose GPU failed, every one that comes after it would fail, too."""
+    """And say nothing of a student."""
     found = told(raised)
     assert isinstance(found, EnvironmentFailure) and said in found.message and "\n" not in found.message
     assert of_the_machine(raised)
@@ -94,10 +97,45 @@ def test_what_was_not_training_has_other_settings_to_lower() -> None:
         (ray.exceptions.WorkerCrashedError(), True),
         (MinitronError("loss nan at step 3 is not finite"), False),
         (RuntimeError("sizes 3 and 4 do not match"), False),
+        (torch.AcceleratorError("CUDA error: invalid configuration argument"), False),
     ],
 )
 def test_whose_fault_it_is(raised: Exception, so: bool) -> None:
     assert of_the_machine(raised) == so
+
+
+_LOST = """
+import torch
+from minitron_ray.execution.failures import of_the_machine
+
+def raised():
+    try:
+        torch.zeros(4, device="cuda")[torch.tensor([9], device="cuda")].sum().item()
+    except RuntimeError as error:
+        return error
+
+assert not of_the_machine(RuntimeError("sizes 3 and 4 do not match"))
+torch.zeros(1, device="cuda")
+assert not of_the_machine(RuntimeError("sizes 3 and 4 do not match"))
+assert of_the_machine(raised()) and of_the_machine(raised())
+"""
+
+
+@pytest.mark.gpu
+def test_what_takes_the_gpu_with_it_says_nothing_of_those_who_come_after() -> None:
+    """In a process of its own, since nothing works in it any more."""
+    done = subprocess.run([sys.executable, "-c", _LOST], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_all_ranks_say_of_a_connection_is_no_fault_of_the_program() -> None:
+    """NCCL words a lost worker alike on all that are left."""
+    failed = {
+        rank: torch.distributed.DistBackendError("NCCL error: remote process exited") for rank in (0, 1)
+    }
+    assert _lost(WorkerGroupError("", failed), workers=2)
+    alike = {rank: RuntimeError("sizes 3 and 4 do not match") for rank in (0, 1)}
+    assert not _lost(WorkerGroupError("", alike), workers=2)
 
 
 def test_what_to_do_is_said_once() -> None:

@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from minitron_ray.core.hardware import Hardware
 from minitron_ray.distillation.engine import Engine
 from minitron_ray.distillation.sharding import prepare_layer
+from minitron_ray.execution.settings import ClusterSettings
 from minitron_ray.models.cost import activation_bytes
 from minitron_ray.models.families import family_of
 from minitron_ray.plan import Layout, Memory
+from minitron_ray.stages.hardware import layout_of
 from minitron_ray.weights.headless import Headless, final_hidden
 from tests.plan.test_costs import planned, stage
 
@@ -93,6 +95,14 @@ def test_workers_share_a_student_but_not_the_teacher() -> None:
     assert eight > 2 * 15_628_775_424
 
 
+def test_of_a_range_of_workers_the_fewest_hold_most() -> None:
+    plan = planned("15b_to_8b")
+    ranged = layout_of(ClusterSettings(workers="2..8"), None)
+    found, two = stage(plan, "distill", layout=ranged), stage(plan, "distill", layout=Layout(workers=2))
+    assert found.memory_bytes == two.memory_bytes
+    assert "spread over 2..8 workers" in found.what and "spread over 2 workers" in two.what
+
+
 def test_auto_is_bfloat16_on_accelerators_only() -> None:
     arch = planned("15b_to_8b").teacher
     assert memory(Layout(), "auto").weights(arch) == 2 * memory(Layout(accelerator=True), "auto").weights(
@@ -104,4 +114,5 @@ def test_one_worker_a_device() -> None:
     h100s = Hardware(name="h100", count=8, flops=4e14, memory=80 * 2**30, source="")
     assert Layout.on(h100s) == Layout(workers=8, trials_at_once=8, accelerator=True, memory=80 * 2**30)
     assert Layout.on(h100s, workers=2).workers == 2
+    assert Layout.on(h100s, workers=(2, 2)) == Layout.on(h100s, workers=2)
     assert Layout.on(None) == Layout()

@@ -163,7 +163,7 @@ def test_who_tokenises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         with tokenizing(settings, tmp_path, EventBus(), StopSignal()) as spread:
             assert (spread is not None) == tasks
             # Of the other nodes only the results folder is asked for, not a temporary one of this machine.
-            assert spread is None or (spread.shared == tmp_path and spread.folder != tmp_path)
+            assert spread is None or (spread.shared == (tmp_path,) and spread.folder != tmp_path)
 
 
 def test_a_bucket_in_a_mixture(
