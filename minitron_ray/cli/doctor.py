@@ -28,11 +28,10 @@ def doctor(results: Path, cluster_file: Path | None, address: str | None, as_jso
     node the same versions and the results folder. Ends with 3 if a run could not work here.
     """
     from minitron_ray.cli.launch import cluster_settings
-    from minitron_ray.cli.machine import examine, examine_cluster
+    from minitron_ray.cli.machine import examine
 
-    findings = examine(results)
-    if cluster_file is not None or address is not None:
-        findings.append(examine_cluster(cluster_settings(cluster_file, address), results))
+    named = cluster_file is not None or address is not None
+    findings = examine(results, cluster_settings(cluster_file, address) if named else None)
     if as_json:
         import dataclasses
         import json

@@ -36,8 +36,8 @@ class Finding:
     hint: str = ""
 
 
-def examine(results: Path) -> list[Finding]:
-    """All findings, in the order they are shown."""
+def examine(results: Path, settings: ClusterSettings | None = None) -> list[Finding]:
+    """All findings, in the order they are shown; with `settings` the cluster that they name is joined."""
     return [
         *_versions(),
         _processors(),
@@ -47,12 +47,12 @@ def examine(results: Path) -> list[Finding]:
         _disk(results),
         _pip(),
         _hub(),
-        _ray_address(),
         _ray_token(),
+        _ray_address() if settings is None else _cluster(settings, results),
     ]
 
 
-def examine_cluster(settings: ClusterSettings, results: Path) -> Finding:
+def _cluster(settings: ClusterSettings, results: Path) -> Finding:
     """Joins the cluster that a run with these settings would, asks its nodes, and leaves it. Starts no Ray, and has
     no nodes made."""
     from minitron_ray.core.events import EventBus
